@@ -1,0 +1,321 @@
+#include "collective/group.h"
+
+#include <cstring>
+#include <utility>
+
+#include "collective/group_state.h"
+#include "common/limits.h"
+#include "wire/lane.h"
+
+namespace reducer::collective {
+namespace {
+
+std::byte* bytes(void* data) { return static_cast<std::byte*>(data); }
+const std::byte* bytes(const void* data) { return static_cast<const std::byte*>(data); }
+
+Status invalid(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
+
+std::size_t sum(std::span<const std::size_t> counts) {
+  std::size_t total = 0;
+  for (const std::size_t count : counts) total += count;
+  return total;
+}
+
+wire::Call makeCall(Collective collective, ReduceOp op, DataType dtype, std::size_t count,
+                    Rank root = kAllRanks) {
+  wire::Call call;
+  call.collective = collective;
+  call.op = op;
+  call.dtype = dtype;
+  call.count = count;
+  call.root = root;
+  return call;
+}
+
+/// Each collective as transfers: who pushes, who pulls, who owns.
+class GroupHandle final : public Group {
+ public:
+  explicit GroupHandle(std::shared_ptr<GroupState> state)
+      : state_(std::move(state)), rank_(state_->config().rank), n_(state_->config().world_size) {}
+  ~GroupHandle() override { state_->close(); }
+
+  void allReduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op,
+                 CallOptions options, Done done) override {
+    if (!checkOp(op, dtype, done)) return;
+    const wire::Call call = makeCall(Collective::kAllReduce, op, dtype, count);
+    if (state_->algorithm() == Algorithm::kRing && n_ > 1) {
+      if (in != out && count > 0) std::memcpy(out, in, count * sizeOf(dtype));
+      state_->runRing(call, bytes(out), std::move(options), std::move(done));
+      return;
+    }
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      Transfer all = mapped(call, seq);
+      all.in = bytes(in);
+      all.out = bytes(out);
+      return std::vector<Transfer>{std::move(all)};
+    });
+  }
+
+  void reduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op, Rank root,
+              CallOptions options, Done done) override {
+    if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
+    const wire::Call call = makeCall(Collective::kReduce, op, dtype, count, root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      Transfer all = mapped(call, seq);
+      all.puller = root;
+      all.in = bytes(in);
+      if (rank_ == root) all.out = bytes(out);
+      return std::vector<Transfer>{std::move(all)};
+    });
+  }
+
+  void broadcast(void* data, std::size_t count, DataType dtype, Rank root, CallOptions options,
+                 Done done) override {
+    if (!checkRank("root", root, done)) return;
+    const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype, count, root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      Transfer all = mapped(call, seq);
+      all.pusher = root;
+      if (rank_ == root) {
+        all.in = bytes(data);
+      } else {
+        all.out = bytes(data);
+      }
+      return std::vector<Transfer>{std::move(all)};
+    });
+  }
+
+  void barrier(CallOptions options, Done done) override {
+    const wire::Call call = makeCall(Collective::kBarrier, ReduceOp::kNone, DataType::kUInt8, 0);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) { return std::vector<Transfer>{mapped(call, seq)}; });
+  }
+
+  void allGather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
+                 DataType dtype, CallOptions options, Done done) override {
+    if (!checkSize("outs", outs.size(), done) || !checkSize("counts", counts.size(), done)) return;
+    const wire::Call call = makeCall(Collective::kAllGather, ReduceOp::kNone, dtype, sum(counts));
+    if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (counts[r] == 0) continue;
+        Transfer part = owned(r, counts[r] * sizeOf(dtype));
+        part.pusher = r;
+        if (r == rank_) {
+          part.in = bytes(in);
+        } else {
+          part.out = bytes(outs[r]);
+        }
+        transfers.push_back(std::move(part));
+      }
+      return transfers;
+    });
+  }
+
+  void reduceScatter(std::span<const void* const> ins, void* out, std::span<const std::size_t> counts,
+                     DataType dtype, ReduceOp op, CallOptions options, Done done) override {
+    if (!checkOp(op, dtype, done) || !checkSize("ins", ins.size(), done) ||
+        !checkSize("counts", counts.size(), done)) {
+      return;
+    }
+    const wire::Call call = makeCall(Collective::kReduceScatter, op, dtype, sum(counts));
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (counts[r] == 0) continue;
+        Transfer part = owned(r, counts[r] * sizeOf(dtype));
+        part.puller = r;
+        part.in = bytes(ins[r]);
+        if (r == rank_) part.out = bytes(out);
+        transfers.push_back(std::move(part));
+      }
+      return transfers;
+    });
+  }
+
+  void gather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
+              DataType dtype, Rank root, CallOptions options, Done done) override {
+    if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
+    if (rank_ == root && !checkSize("outs", outs.size(), done)) return;
+    const wire::Call call = makeCall(Collective::kGather, ReduceOp::kNone, dtype, sum(counts), root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (rank_ != root && rank_ != r) continue;
+        addPart(transfers, r, root, root, counts[r] * sizeOf(dtype), rank_ == r ? in : nullptr,
+                rank_ == root ? outs[r] : nullptr);
+      }
+      return transfers;
+    });
+  }
+
+  void scatter(std::span<const void* const> ins, void* out, std::span<const std::size_t> counts,
+               DataType dtype, Rank root, CallOptions options, Done done) override {
+    if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
+    if (rank_ == root && !checkSize("ins", ins.size(), done)) return;
+    const wire::Call call = makeCall(Collective::kScatter, ReduceOp::kNone, dtype, sum(counts), root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (rank_ != root && rank_ != r) continue;
+        addPart(transfers, root, r, r, counts[r] * sizeOf(dtype), rank_ == root ? ins[r] : nullptr,
+                rank_ == r ? out : nullptr);
+      }
+      return transfers;
+    });
+  }
+
+  void allToAll(std::span<const void* const> ins, std::span<const std::size_t> in_counts,
+                std::span<void* const> outs, std::span<const std::size_t> out_counts, DataType dtype,
+                CallOptions options, Done done) override {
+    if (!checkSize("ins", ins.size(), done) || !checkSize("in_counts", in_counts.size(), done) ||
+        !checkSize("outs", outs.size(), done) || !checkSize("out_counts", out_counts.size(), done)) {
+      return;
+    }
+    // The ranks' counts differ by nature; each pair's are compared where they meet.
+    const wire::Call call = makeCall(Collective::kAllToAll, ReduceOp::kNone, dtype, 0);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (r == rank_) {
+          addPart(transfers, r, r, r, in_counts[r] * sizeOf(dtype), ins[r], outs[r]);
+          continue;
+        }
+        addPart(transfers, rank_, r, r, in_counts[r] * sizeOf(dtype), ins[r], nullptr);
+        addPart(transfers, r, rank_, rank_, out_counts[r] * sizeOf(dtype), nullptr, outs[r]);
+      }
+      return transfers;
+    });
+  }
+
+  void send(const void* in, std::size_t count, DataType dtype, Rank to, std::uint32_t tag,
+            CallOptions options, Done done) override {
+    pair(rank_, to, to, count, dtype, tag, in, nullptr, std::move(options), std::move(done));
+  }
+
+  void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag, CallOptions options,
+            Done done) override {
+    pair(from, rank_, from, count, dtype, tag, nullptr, out, std::move(options), std::move(done));
+  }
+
+  Rank rank() const override { return rank_; }
+  std::int32_t worldSize() const override { return n_; }
+  std::uint64_t sequence() const override { return state_->sequence(); }
+  GroupCounters counters() const override { return state_->counters(); }
+  Algorithm algorithm() const override { return state_->algorithm(); }
+  void abort(const std::string& reason) override {
+    state_->abort(Status(Code::kAborted, "the group was aborted: " + reason));
+  }
+  void close() override { state_->close(); }
+  bool waitClosed(Duration timeout) override { return state_->waitClosed(timeout); }
+
+ private:
+  /// Over all owners, everybody pushes and pulls.
+  Transfer mapped(const wire::Call& call, std::uint64_t seq) const {
+    Transfer transfer;
+    transfer.plan = state_->map().plan(call.count * sizeOf(call.dtype), seq);
+    return transfer;
+  }
+
+  /// One owner, everybody pushes and pulls; behind chunk 0, where the calls are compared.
+  Transfer owned(OwnerIndex owner, std::size_t nbytes) const {
+    Transfer transfer;
+    transfer.plan = state_->map().planFor(owner, nbytes);
+    transfer.first_chunk = 1;
+    return transfer;
+  }
+
+  /// The empty chunk 0 in which all ranks show what they call.
+  std::vector<Transfer> compared(std::uint64_t seq) const {
+    Transfer transfer;
+    transfer.plan = state_->map().planFor(state_->map().coordinator(seq), 0);
+    return {std::move(transfer)};
+  }
+
+  /// Bytes from one rank to one other.
+  void addPart(std::vector<Transfer>& transfers, Rank pusher, Rank puller, OwnerIndex owner,
+               std::size_t nbytes, const void* in, void* out) const {
+    if (nbytes == 0) return;
+    Transfer part = owned(owner, nbytes);
+    part.lane = wire::partLane(pusher);
+    part.pusher = pusher;
+    part.puller = puller;
+    part.in = bytes(in);
+    part.out = bytes(out);
+    transfers.push_back(std::move(part));
+  }
+
+  void pair(Rank from, Rank to, Rank peer, std::size_t count, DataType dtype, std::uint32_t tag,
+            const void* in, void* out, CallOptions options, Done done) {
+    if (!checkRank("peer", peer, done)) return;
+    if (peer == rank_) {
+      done(invalid("rank " + std::to_string(rank_) + " cannot send to or receive from itself"));
+      return;
+    }
+    const wire::Call call = makeCall(Collective::kSendRecv, ReduceOp::kNone, dtype, count);
+    const std::uint64_t lane = wire::pairLane(from, to, tag);
+    state_->run(call, lane, std::move(options), std::move(done), [&](std::uint64_t) {
+      Transfer all;
+      all.plan = state_->map().planFor(to, count * sizeOf(dtype));
+      all.lane = lane;
+      all.pusher = from;
+      all.puller = to;
+      all.in = bytes(in);
+      all.out = bytes(out);
+      return std::vector<Transfer>{std::move(all)};
+    });
+  }
+
+  static bool checkOp(ReduceOp op, DataType dtype, const Done& done) {
+    if (op != ReduceOp::kNone && supports(op, dtype)) return true;
+    done(invalid(std::string(nameOf(op)) + " has no meaning on " + std::string(nameOf(dtype))));
+    return false;
+  }
+  bool checkRank(const char* what, Rank rank, const Done& done) const {
+    if (rank >= 0 && rank < n_) return true;
+    done(invalid(std::string(what) + " is " + std::to_string(rank) + ", but the ranks of this group are 0 to " +
+                 std::to_string(n_ - 1)));
+    return false;
+  }
+  bool checkSize(const char* what, std::size_t size, const Done& done) const {
+    if (size == static_cast<std::size_t>(n_)) return true;
+    done(invalid(std::string(what) + " has " + std::to_string(size) + " entries, one for each of the " +
+                 std::to_string(n_) + " ranks is needed"));
+    return false;
+  }
+
+  const std::shared_ptr<GroupState> state_;
+  const Rank rank_;
+  const Rank n_;
+};
+
+}  // namespace
+
+Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Transport& transport,
+                                             server::ReducerServer& local) {
+  const std::int32_t n = config.world_size;
+  if (n < 1 || n > kMaxWorldSize || config.rank < 0 || config.rank >= n) {
+    return invalid("rank " + std::to_string(config.rank) + " of a world of " + std::to_string(n) +
+                   " is not possible (at most " + std::to_string(kMaxWorldSize) + " ranks)");
+  }
+  if (config.workers.size() != static_cast<std::size_t>(n)) {
+    return invalid("one address per worker is needed: " + std::to_string(n) + ", not " +
+                   std::to_string(config.workers.size()));
+  }
+  if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
+  if (config.settings.algorithm == Algorithm::kServer && config.servers.empty()) {
+    return invalid("the algorithm 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
+                   "`reducer serve`, or use 'direct'");
+  }
+  if (config.settings.chunk_bytes != 0 &&
+      (config.settings.chunk_bytes < kMinChunkBytes || config.settings.chunk_bytes > kMaxChunkBytes)) {
+    return invalid("REDUCER_CHUNK_BYTES is " + std::to_string(config.settings.chunk_bytes) +
+                   ", outside of 4KiB to 16MiB");
+  }
+  const auto state = std::make_shared<GroupState>(std::move(config), transport, local);
+  state->start();
+  return std::shared_ptr<Group>(std::make_shared<GroupHandle>(state));
+}
+
+}  // namespace reducer::collective

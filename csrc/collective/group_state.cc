@@ -1,0 +1,289 @@
+#include "collective/group_state.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <limits>
+#include <thread>
+
+#include "collective/ring.h"
+#include "common/limits.h"
+#include "engine/engine.h"
+#include "wire/lane.h"
+
+namespace reducer::collective {
+namespace {
+
+constexpr Duration kTick = std::chrono::milliseconds(50);
+
+// A reducer reports a late rank when the operation's timeout has passed. The worker itself waits this much
+// longer before it says that the reducer is silent, since the reducer's message says more.
+constexpr Duration kGrace = std::chrono::milliseconds(1000);
+
+std::uint64_t fnv1a(const std::string& text) {
+  std::uint64_t hash = 0xCBF29CE484222325ULL;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3ULL;
+  return hash;
+}
+
+std::string join(const std::vector<std::string>& items) {
+  std::string text;
+  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
+  return text;
+}
+
+std::string settingsText(const GroupConfig& config, Algorithm algorithm, const ShardMap& map) {
+  return "algorithm " + std::string(nameOf(algorithm)) + ", chunk " + std::to_string(map.chunkBytes()) +
+         " B, window " + std::to_string(map.windowBytesTotal()) + " B, checksum " +
+         (config.settings.checksum ? "on" : "off") + ", servers '" + join(config.servers) + "'";
+}
+
+}  // namespace
+
+GroupState::GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local)
+    : config_(std::move(config)),
+      transport_(transport),
+      local_(local),
+      algorithm_(ShardMap::resolve(config_.settings.algorithm, config_.servers.size())),
+      map_(algorithm_, config_.world_size, config_.servers.size(), config_.settings.chunk_bytes,
+           config_.settings.window_bytes) {}
+
+std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& settings_text) {
+  const auto n = static_cast<OwnerIndex>(config_.world_size);
+  Link::Config link;
+  link.owner = owner;
+  link.in_process = owner == static_cast<OwnerIndex>(config_.rank);
+  link.window_bytes = map_.windowBytes(owner);
+  link.checksum = config_.settings.checksum;
+  link.hello.version = kProtocolVersion;
+  link.hello.job = config_.job;
+  link.hello.group = config_.name;
+  link.hello.rank = config_.rank;
+  link.hello.world_size = config_.world_size;
+  link.hello.host = config_.host;
+  link.hello.window_bytes = link.window_bytes;
+  link.hello.config_text = settings_text;
+  link.hello.config = fnv1a(settings_text);
+  const std::string address = owner < n ? config_.workers[owner] : config_.servers[owner - n];
+  link.name = owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
+  link.connect = [this, address, local = link.in_process](std::shared_ptr<transport::Handler> handler) {
+    if (local) return local_.connectLocal(std::move(handler));
+    return transport_.connect(address, std::move(handler), config_.settings.connect_timeout);
+  };
+  return std::make_shared<Link>(std::move(link), weak_from_this());
+}
+
+void GroupState::start() {
+  const std::string text = settingsText(config_, algorithm_, map_);
+  for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
+    links_.push_back(makeLink(owner, text));
+  }
+  // All owners at once: a rank that dies is noticed by each of them. Own reducer too, for send and recv.
+  links_[config_.rank]->open();
+  for (const OwnerIndex owner : map_.owners()) links_[owner]->open();
+  ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
+    if (const auto self = weak.lock()) self->tick(now);
+  });
+}
+
+template <class Make>
+void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
+                        Make make) {
+  std::shared_ptr<Operation> operation;
+  Status status;
+  std::vector<OwnerIndex> owners;
+  {
+    const std::lock_guard lock(mutex_);
+    status = broken_;
+    if (status.ok()) {
+      const std::uint64_t seq = lane == wire::kCollectiveLane ? sequence_++ : pair_sequences_[lane]++;
+      const OperationId id{lane, seq};
+      Operation::Info info;
+      info.call = call;
+      info.lane = lane;
+      info.seq = seq;
+      info.started = transport_.now();
+      info.options = std::move(options);
+      info.done = [weak = weak_from_this(), id, user = std::move(done)](const Status& result) {
+        if (const auto self = weak.lock()) {
+          const std::lock_guard state_lock(self->mutex_);
+          self->operations_.erase(id);
+        }
+        user(result);
+      };
+      Queued queued = make(std::move(info), operation);
+      operations_[id] = operation;
+      for (auto& [owner, cursor] : queued) {
+        Status one = links_[owner]->enqueue(std::move(cursor));
+        if (!one.ok()) status = std::move(one);
+        if (std::find(owners.begin(), owners.end(), owner) == owners.end()) owners.push_back(owner);
+      }
+    }
+  }
+  if (!operation) {
+    done(status);
+  } else if (!status.ok()) {
+    fail(operation, status);
+  } else {
+    pump(owners);
+  }
+}
+
+// A piece to each owner in turn, beginning behind this rank's own, so that at the start of an operation no owner's NIC
+// is every worker's first.
+void GroupState::pump(const std::vector<OwnerIndex>& owners) {
+  if (owners.empty()) return;
+  const auto first = std::upper_bound(owners.begin(), owners.end(), static_cast<OwnerIndex>(config_.rank));
+  const std::size_t shift = first == owners.end() ? 0 : first - owners.begin();
+  bool more = true;
+  while (more) {
+    more = false;
+    for (std::size_t i = 0; i < owners.size(); ++i) {
+      more |= links_[owners[(i + shift) % owners.size()]]->pump(1);
+    }
+  }
+}
+
+void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
+                     const Cut& cut) {
+  launch(call, lane, std::move(options), std::move(done),
+         [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
+           std::vector<Transfer> transfers = cut(info.seq);
+           const auto exchange = std::make_shared<Exchange>(std::move(info), std::move(transfers));
+           operation = exchange;
+           Queued queued;
+           for (std::uint32_t t = 0; t < exchange->transfers().size(); ++t) {
+             const Plan& plan = exchange->transfers()[t].plan;
+             for (std::uint32_t position = 0; position < plan.owners.size(); ++position) {
+               queued.emplace_back(plan.owners[position], Cursor{exchange, t, position, 0, plan.rounds});
+             }
+           }
+           return queued;
+         });
+}
+
+void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done) {
+  launch(call, wire::kCollectiveLane, std::move(options), std::move(done),
+         [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
+           const OwnerIndex next = (config_.rank + 1) % config_.world_size;
+           const auto ring = std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
+                                                             config_.world_size, map_.chunkBytes(), links_[next]);
+           operation = ring;
+           Queued queued;
+           for (Cursor& cursor : ring->pulls()) queued.emplace_back(config_.rank, std::move(cursor));
+           queued.emplace_back(next, ring->firstPushes());
+           queued.emplace_back(map_.coordinator(ring->info().seq), ring->comparison());
+           return queued;
+         });
+}
+
+// ------------------------------------------------------------------ failure
+
+std::vector<std::shared_ptr<Operation>> GroupState::operations() {
+  std::vector<std::shared_ptr<Operation>> all;
+  const std::lock_guard lock(mutex_);
+  for (const auto& [id, weak] : operations_) {
+    if (auto operation = weak.lock()) all.push_back(std::move(operation));
+  }
+  return all;
+}
+
+void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status& status) {
+  if (!operation->fail(status)) return;
+  for (const auto& link : links_) {
+    link->cancel(*operation, status);
+    link->pump(std::numeric_limits<std::size_t>::max());  // others may have waited for its place in the window
+  }
+}
+
+void GroupState::onOperationError(const wire::SlotId& slot, const Status& status) {
+  std::shared_ptr<Operation> operation;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = operations_.find({wire::operationLane(slot.lane), slot.seq});
+    if (found != operations_.end()) operation = found->second.lock();
+  }
+  if (operation) fail(operation, status);
+}
+
+void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
+  const std::string& name = links_[owner]->name();
+  if (reason.ok()) {
+    // It left in good order: only what still needs it fails, now or later.
+    const Status left(Code::kUnavailable, name + " has left the group");
+    for (const auto& operation : operations()) {
+      if (links_[owner]->waiting(*operation) > 0) fail(operation, left);
+    }
+    return;
+  }
+  const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
+  abort(Status(reason.code(), told ? name + " is gone: " + reason.message() : reason.message()));
+}
+
+void GroupState::abort(const Status& reason) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (broken_.ok()) broken_ = reason;
+  }
+  for (const auto& operation : operations()) fail(operation, reason);
+}
+
+std::string GroupState::describeWait(const Operation& operation, TimePoint now) {
+  char waited[32];
+  std::snprintf(waited, sizeof waited, "%.1f s",
+                std::chrono::duration<double>(now - operation.info().started).count());
+  std::string text = engine::describe(operation.info().call) + ", collective #" +
+                     std::to_string(operation.info().seq) + ": no answer within " + waited;
+  std::string from;
+  for (const auto& link : links_) {
+    const std::size_t pieces = link->waiting(operation);
+    if (pieces == 0) continue;
+    from += (from.empty() ? " from " : ", ") + link->name() + " (" + std::to_string(pieces) +
+            (pieces == 1 ? " chunk" : " chunks") + (link->connected() ? ")" : ", not connected)");
+  }
+  return text + (from.empty() ? ": data is still being sent" : from);
+}
+
+void GroupState::tick(TimePoint now) {
+  for (const auto& operation : operations()) {
+    const auto& info = operation->info();
+    if (now - info.started < info.options.timeout + kGrace) continue;
+    fail(operation, Status(Code::kTimeout, describeWait(*operation, now)));
+  }
+}
+
+// ------------------------------------------------------------------ the end
+
+void GroupState::close() {
+  abort(Status(Code::kAborted, "the group was destroyed (destroy_process_group) or closed"));
+  std::unique_ptr<transport::Timer> ticker;
+  {
+    const std::lock_guard lock(mutex_);
+    ticker = std::move(ticker_);
+  }
+  ticker.reset();
+  for (const auto& link : links_) link->close();
+}
+
+bool GroupState::waitClosed(Duration timeout) {
+  const auto deadline = Clock::now() + timeout;
+  while (!std::all_of(links_.begin(), links_.end(), [](const auto& link) { return link->closed(); })) {
+    if (Clock::now() >= deadline) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+GroupCounters GroupState::counters() {
+  GroupCounters counters;
+  counters.operations = sequence_;
+  for (const auto& link : links_) {
+    counters.pushed_bytes += link->pushedBytes();
+    counters.pulled_bytes += link->pulledBytes();
+    counters.outstanding_bytes_max += link->outstandingBytesMax();
+  }
+  counters.window_bytes = map_.windowBytesTotal();
+  return counters;
+}
+
+}  // namespace reducer::collective

@@ -1,0 +1,78 @@
+// What a group shares between its calls: owners, sequence numbers, operations under way, and their failure.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "collective/group.h"
+#include "collective/link.h"
+#include "collective/operation.h"
+#include "collective/shard_map.h"
+
+namespace reducer::collective {
+
+/// Thread safety: every method, from any thread.
+class GroupState final : public LinkEvents, public std::enable_shared_from_this<GroupState> {
+ public:
+  GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local);
+
+  /// Connects to the owners and starts the clock. Once, right after construction.
+  void start();
+
+  /// Cuts one operation: gets its number, returns its transfers.
+  using Cut = std::function<std::vector<Transfer>(std::uint64_t seq)>;
+
+  /// Numbers the operation in its lane and starts it.
+  void run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done, const Cut& cut);
+  void runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done);
+
+  void onOperationError(const wire::SlotId& slot, const Status& status) override;
+  void onLinkDown(OwnerIndex owner, const Status& reason) override;
+
+  void abort(const Status& reason);
+  void close();
+  bool waitClosed(Duration timeout);
+
+  const GroupConfig& config() const { return config_; }
+  const ShardMap& map() const { return map_; }
+  Algorithm algorithm() const { return algorithm_; }
+  std::uint64_t sequence() const { return sequence_; }
+  GroupCounters counters();
+
+ private:
+  using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
+  using Queued = std::vector<std::pair<OwnerIndex, Cursor>>;
+
+  std::shared_ptr<Link> makeLink(OwnerIndex owner, const std::string& settings_text);
+  /// Makes the operation with its number and queues its pieces; all under one lock, so that every link has the
+  /// operations in the order of their numbers.
+  template <class Make>
+  void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done, Make make);
+  void pump(const std::vector<OwnerIndex>& owners);
+  void fail(const std::shared_ptr<Operation>& operation, const Status& status);
+  void tick(TimePoint now);
+  std::string describeWait(const Operation& operation, TimePoint now);
+  std::vector<std::shared_ptr<Operation>> operations();
+
+  const GroupConfig config_;
+  transport::Transport& transport_;
+  server::ReducerServer& local_;
+  const Algorithm algorithm_;
+  const ShardMap map_;
+  std::vector<std::shared_ptr<Link>> links_;  // by OwnerIndex; constant after start()
+
+  std::mutex mutex_;
+  std::map<OperationId, std::weak_ptr<Operation>> operations_;
+  std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
+  std::atomic<std::uint64_t> sequence_{0};
+  Status broken_;
+  std::unique_ptr<transport::Timer> ticker_;
+};
+
+}  // namespace reducer::collective

@@ -1,0 +1,100 @@
+// One collective call of this rank, cut into pieces.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "collective/group.h"
+#include "collective/shard_map.h"
+#include "common/clock.h"
+#include "wire/frame.h"
+
+namespace reducer::collective {
+
+/// One chunk on its way: what is sent, and where the answer goes.
+struct Piece {
+  wire::Frame frame;
+  Payload payload;
+  std::byte* out = nullptr;  ///< null: this rank does not pull
+};
+
+/// An operation lives as long as anything of it is under way: pieces to be sent, answers that are awaited, payloads
+/// whose bytes have not left. Its end is its destruction: then `done` is called with Ok, unless it failed before.
+class Operation : public std::enable_shared_from_this<Operation> {
+ public:
+  struct Info {
+    wire::Call call;
+    std::uint64_t lane = 0;
+    std::uint64_t seq = 0;
+    TimePoint started;
+    CallOptions options;
+    Done done;
+  };
+
+  explicit Operation(Info info) : info_(std::move(info)) {}
+  virtual ~Operation() {
+    if (!finished_.exchange(true)) info_.done(Status());
+  }
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+  /// The piece at a cursor's place. Called once for each.
+  virtual Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) = 0;
+
+  /// The answer for a piece. Its payload has the piece's length if the piece pulls, else none.
+  virtual void accept(const Piece& piece, const Payload& result) {
+    if (piece.out != nullptr) result.copyTo(piece.out);
+  }
+
+  /// Ends the operation with an error, once; later answers are ignored. True if it was not ended before.
+  bool fail(const Status& status) {
+    if (finished_.exchange(true)) return false;
+    info_.done(status);
+    return true;
+  }
+  bool finished() const { return finished_; }
+  const Info& info() const { return info_; }
+
+ protected:
+  /// A frame with all that the pieces of this operation have in common.
+  wire::Frame frame() const;
+
+ private:
+  Info info_;
+  std::atomic<bool> finished_{false};
+};
+
+/// Part of a collective's bytes, with one set of pushers and of pullers.
+struct Transfer {
+  Plan plan;
+  std::uint64_t lane = 0;
+  std::uint32_t first_chunk = 0;
+  Rank pusher = kAllRanks;
+  Rank puller = kAllRanks;
+  const std::byte* in = nullptr;  ///< null: this rank does not push
+  std::byte* out = nullptr;       ///< null: this rank does not pull
+};
+
+/// The sharded exchange: every collective but the ring is a list of transfers.
+class Exchange final : public Operation {
+ public:
+  Exchange(Info info, std::vector<Transfer> transfers)
+      : Operation(std::move(info)), transfers_(std::move(transfers)) {}
+  Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) override;
+  const std::vector<Transfer>& transfers() const { return transfers_; }
+
+ private:
+  const std::vector<Transfer> transfers_;
+};
+
+/// Pieces of one operation that one owner has still to get: rounds [round, end) at a position of a plan.
+struct Cursor {
+  std::shared_ptr<Operation> operation;
+  std::uint32_t transfer = 0;
+  std::uint32_t position = 0;
+  std::uint64_t round = 0;
+  std::uint64_t end = 0;
+};
+
+}  // namespace reducer::collective

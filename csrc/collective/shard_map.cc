@@ -1,0 +1,124 @@
+#include "collective/shard_map.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/limits.h"
+
+namespace reducer::collective {
+namespace {
+
+// Chunk boundaries fall on multiples of this: whole elements of every type, whole cache lines of the tensor.
+constexpr std::uint64_t kAlign = 64;
+
+// A message is spread over one more owner for each of these bytes: below it, the cost of one more frame is
+// more than the time that its bytes take on a wire.
+constexpr std::uint64_t kSpreadBytes = 8192;
+
+// What a worker has in flight over all owners if nothing is set. About twice what 1 Gbit/s and the queueing
+// delay of 16 busy hosts need; docs/performance.md has the measurements.
+constexpr std::size_t kDefaultWindowBytes = std::size_t{2} << 20;
+
+// Chunks in flight per owner: enough that one is on its way up, one is being summed, one is on its way down, for each
+// side's jitter.
+constexpr std::size_t kChunksInFlight = 8;
+
+constexpr std::size_t kSmallestAutoChunk = 32 << 10;
+constexpr std::size_t kLargestAutoChunk = 256 << 10;
+
+std::uint64_t scaled(std::uint64_t value, std::uint64_t numerator, std::uint64_t denominator) {
+  return static_cast<std::uint64_t>(static_cast<unsigned __int128>(value) * numerator / denominator);
+}
+
+}  // namespace
+
+std::uint64_t Plan::boundary(std::uint64_t round, std::size_t position) const {
+  const std::uint64_t begin = scaled(nbytes, round, rounds);
+  const std::uint64_t end = scaled(nbytes, round + 1, rounds);
+  const std::uint64_t at = begin + scaled(end - begin, before[position], before.back());
+  return at == nbytes ? nbytes : at / kAlign * kAlign;
+}
+
+Span Plan::span(std::uint64_t round, std::size_t position) const {
+  const std::uint64_t begin = boundary(round, position);
+  return {begin, boundary(round, position + 1) - begin};
+}
+
+Algorithm ShardMap::resolve(Algorithm algorithm, std::uint32_t k) {
+  if (algorithm != Algorithm::kAuto) return algorithm;
+  return k > 0 ? Algorithm::kMixed : Algorithm::kDirect;
+}
+
+ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::size_t chunk_bytes,
+                   std::size_t window_bytes) {
+  REDUCER_CHECK(algorithm != Algorithm::kAuto && n > 0);
+  std::uint64_t worker = 1;
+  std::uint64_t server = 0;
+  if (algorithm == Algorithm::kServer) {
+    REDUCER_CHECK(k > 0);
+    worker = 0;
+    server = 1;
+  } else if (algorithm == Algorithm::kMixed && k > 0 && n > 1) {
+    // docs/algorithms.md: the shares that load every NIC equally.
+    worker = k < n ? n - k : 0;
+    server = 2 * (static_cast<std::uint64_t>(n) - 1);
+  }
+  for (std::uint32_t i = 0; i < n + k; ++i) {
+    const std::uint64_t weight = i < n ? worker : server;
+    if (weight == 0) continue;
+    owners_.push_back(i);
+    weights_.push_back(weight);
+    weight_total_ += weight;
+    weight_max_ = std::max(weight_max_, weight);
+  }
+  const std::size_t window = window_bytes != 0 ? window_bytes : kDefaultWindowBytes;
+  if (chunk_bytes == 0) {
+    const std::size_t share = scaled(window, weight_max_, weight_total_) / kChunksInFlight;
+    chunk_bytes = std::clamp(share / 4096 * 4096, kSmallestAutoChunk, kLargestAutoChunk);
+  }
+  chunk_bytes_ = std::clamp(chunk_bytes, kMinChunkBytes, kMaxChunkBytes - 2 * kAlign);
+  window_bytes_ = window;
+}
+
+std::size_t ShardMap::windowBytes(OwnerIndex owner) const {
+  const auto found = std::find(owners_.begin(), owners_.end(), owner);
+  const std::uint64_t weight = found == owners_.end() ? weight_max_ : weights_[found - owners_.begin()];
+  // At least two chunks, or the wire would idle while the reducer adds.
+  return std::max<std::size_t>(scaled(window_bytes_, weight, weight_total_), 2 * chunk_bytes_);
+}
+
+std::size_t ShardMap::windowBytesTotal() const {
+  std::size_t total = 0;
+  for (const OwnerIndex owner : owners_) total += windowBytes(owner);
+  return total;
+}
+
+Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
+  Plan plan;
+  plan.nbytes = nbytes;
+  const std::size_t m = std::min<std::uint64_t>(owners_.size(), std::max<std::uint64_t>(1, nbytes / kSpreadBytes));
+  plan.before.push_back(0);
+  std::uint64_t weight_max = 0;
+  for (std::size_t i = 0; i < m; ++i) {
+    const std::size_t at = (seq + i) % owners_.size();
+    plan.owners.push_back(owners_[at]);
+    plan.before.push_back(plan.before.back() + weights_[at]);
+    weight_max = std::max(weight_max, weights_[at]);
+  }
+  // The owner with the largest weight gets chunks of chunk_bytes_ (aligning boundaries may add up to kAlign), the
+  // others smaller ones.
+  const std::uint64_t largest = scaled(nbytes, weight_max, plan.before.back());
+  plan.rounds = std::max<std::uint64_t>(1, (largest + chunk_bytes_ - 1) / chunk_bytes_);
+  return plan;
+}
+
+Plan ShardMap::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
+  Plan plan;
+  plan.nbytes = nbytes;
+  plan.owners = {owner};
+  plan.before = {0, 1};
+  plan.rounds = std::max<std::uint64_t>(1, (nbytes + chunk_bytes_ - 1) / chunk_bytes_);
+  return plan;
+}
+
+}  // namespace reducer::collective

@@ -1,0 +1,74 @@
+// Who owns which bytes: the one thing in which `direct`, `server` and `mixed` differ.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "collective/settings.h"
+
+namespace reducer::collective {
+
+/// Index of an owner in a group: 0 .. n-1 are the reducers inside the workers, by rank; n .. n+k-1 the standalone ones.
+using OwnerIndex = std::uint32_t;
+
+/// Bytes of one chunk.
+struct Span {
+  std::uint64_t offset = 0;
+  std::uint64_t length = 0;
+};
+
+/// How one transfer is cut. It goes in rounds; in each round every owner gets one chunk, its size proportional to the
+/// owner's weight, so that at every moment all NICs carry their share. Computed in integers: all ranks get
+/// the same plan from the same size and sequence number.
+class Plan {
+ public:
+  /// Chunk number of (round, position); owners[position] owns it.
+  std::uint32_t chunk(std::uint64_t round, std::size_t position) const {
+    return static_cast<std::uint32_t>(round * owners.size() + position);
+  }
+  Span span(std::uint64_t round, std::size_t position) const;
+
+  std::vector<OwnerIndex> owners;     ///< by position
+  std::vector<std::uint64_t> before;  ///< sum of the weights of the positions before; one more entry: the total
+  std::uint64_t nbytes = 0;
+  std::uint64_t rounds = 1;
+
+ private:
+  std::uint64_t boundary(std::uint64_t round, std::size_t position) const;
+};
+
+/// The owners of a group with their shares. Immutable after construction; thread safe.
+class ShardMap {
+ public:
+  /// n workers, k standalone reducers; `chunk_bytes` 0 and `window_bytes` 0 choose. `algorithm` must not be kAuto;
+  /// kRing gives the map of `direct` (for the collectives that are not all-reduce).
+  ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::size_t chunk_bytes,
+           std::size_t window_bytes);
+
+  /// What `auto` means for n workers and k standalone reducers.
+  static Algorithm resolve(Algorithm algorithm, std::uint32_t k);
+
+  Plan plan(std::uint64_t nbytes, std::uint64_t seq) const;
+  /// A transfer that one owner has to itself.
+  Plan planFor(OwnerIndex owner, std::uint64_t nbytes) const;
+
+  /// Owner of chunk 0 of operation `seq`, whatever the call: where calls are compared.
+  OwnerIndex coordinator(std::uint64_t seq) const { return owners_[seq % owners_.size()]; }
+
+  const std::vector<OwnerIndex>& owners() const { return owners_; }
+  std::size_t chunkBytes() const { return chunk_bytes_; }
+  /// Most chunk bytes that one worker has outstanding at this owner.
+  std::size_t windowBytes(OwnerIndex owner) const;
+  /// The same over all owners.
+  std::size_t windowBytesTotal() const;
+
+ private:
+  std::vector<OwnerIndex> owners_;
+  std::vector<std::uint64_t> weights_;  // beside owners_
+  std::uint64_t weight_total_ = 0;
+  std::uint64_t weight_max_ = 0;
+  std::size_t chunk_bytes_ = 0;
+  std::size_t window_bytes_ = 0;
+};
+
+}  // namespace reducer::collective

@@ -1,0 +1,24 @@
+// Bounds that hold everywhere. What a peer sends beyond them is refused, not believed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace reducer {
+
+/// Version of the wire protocol. Both ends must speak the same one.
+inline constexpr std::uint32_t kProtocolVersion = 1;
+
+inline constexpr std::int32_t kMaxWorldSize = 4096;
+
+/// The smallest and the largest chunk that may be asked for by REDUCER_CHUNK_BYTES.
+inline constexpr std::size_t kMinChunkBytes = 4096;
+inline constexpr std::size_t kMaxChunkBytes = std::size_t{16} << 20;
+
+/// Longest text (an error, a host name) in a frame; a longer one is cut by the sender.
+inline constexpr std::size_t kMaxTextBytes = 8192;
+
+/// Largest whole message: the largest chunk and a header.
+inline constexpr std::size_t kMaxMessageBytes = kMaxChunkBytes + 3 * kMaxTextBytes;
+
+}  // namespace reducer

@@ -1,0 +1,441 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "common/check.h"
+#include "common/limits.h"
+#include "wire/lane.h"
+
+namespace reducer::engine {
+namespace {
+
+// How long a mismatch waits for more ranks to show what they called before it is reported.
+constexpr Duration kMismatchGrace = std::chrono::milliseconds(300);
+
+// Failed operations that are remembered for ranks that come late; of more, the oldest are forgotten.
+constexpr std::size_t kFailuresKept = 1024;
+
+// Empty slots kept for the next chunk, so that a chunk costs no allocation of its own.
+constexpr std::size_t kSpareSlots = 256;
+
+Status broken(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
+
+bool sameShape(const wire::Frame& a, const wire::Frame& b) {
+  return a.call == b.call && a.pusher == b.pusher && a.puller == b.puller && a.offset == b.offset &&
+         a.length == b.length && a.epoch == b.epoch;
+}
+
+bool isPusher(const wire::Frame& frame, Rank rank) {
+  return frame.pusher == kAllRanks || frame.pusher == rank;
+}
+
+bool isPuller(const wire::Frame& frame, Rank rank) {
+  return frame.puller == kAllRanks || frame.puller == rank;
+}
+
+std::pair<std::uint64_t, std::uint64_t> operationOf(const wire::SlotId& id) {
+  return {wire::operationLane(id.lane), id.seq};
+}
+
+std::string seconds(Duration duration) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s",
+                std::chrono::duration_cast<std::chrono::duration<double>>(duration).count());
+  return text;
+}
+
+}  // namespace
+
+std::size_t Engine::SlotHash::operator()(const wire::SlotId& id) const noexcept {
+  std::uint64_t h = id.seq * 0x9E3779B97F4A7C15ULL ^ id.lane * 0xC2B2AE3D27D4EB4FULL;
+  h ^= (h >> 29) + id.chunk * 0x165667B19E3779F9ULL;
+  return h ^ (h >> 32);
+}
+
+std::string describe(const wire::Call& call) {
+  std::string text(nameOf(call.collective));
+  if (call.collective == Collective::kBarrier) return text + "()";
+  text += "(";
+  if (call.op != ReduceOp::kNone) text += std::string(nameOf(call.op)) + ", ";
+  text += std::string(nameOf(call.dtype)) + ", " + std::to_string(call.count) +
+          (call.count == 1 ? " element" : " elements");
+  if (call.root != kAllRanks) text += ", root " + std::to_string(call.root);
+  return text + ")";
+}
+
+// ------------------------------------------------------------------ names for messages
+
+std::string Engine::nameRank(const Group& group, Rank rank) {
+  const Member& member = group.members[rank];
+  return "rank " + std::to_string(rank) + " (" +
+         (member.host.empty() ? "has not connected" : member.host) + ")";
+}
+
+std::string Engine::nameRanks(const Group& group, const std::vector<Rank>& ranks) {
+  constexpr std::size_t kNamed = 16;
+  std::string text;
+  for (std::size_t i = 0; i < ranks.size() && i < kNamed; ++i) {
+    text += (i ? ", " : "") + nameRank(group, ranks[i]);
+  }
+  if (ranks.size() > kNamed) text += " and " + std::to_string(ranks.size() - kNamed) + " more";
+  return text;
+}
+
+std::string Engine::nameOperation(const Group& group, const wire::Frame& head) {
+  std::string text = "group '" + group.name + "', ";
+  if (head.call.collective == Collective::kSendRecv) {
+    text += "send/recv from rank " + std::to_string(head.pusher) + " to rank " +
+            std::to_string(head.puller) + " tag " + std::to_string(wire::tagOf(head.slot.lane)) + " #" +
+            std::to_string(head.slot.seq);
+    return text;
+  }
+  return text + "collective #" + std::to_string(head.slot.seq);
+}
+
+std::string Engine::describeMismatch(const Group& group, const Slot& slot) {
+  std::vector<const Arrival*> arrivals;
+  for (const Arrival& arrival : slot.arrivals) arrivals.push_back(&arrival);
+  std::sort(arrivals.begin(), arrivals.end(),
+            [](const Arrival* a, const Arrival* b) { return a->rank < b->rank; });
+  std::vector<std::pair<std::string, std::vector<Rank>>> calls;
+  for (const Arrival* arrival : arrivals) {
+    const std::string call = describe(arrival->call);
+    auto same = std::find_if(calls.begin(), calls.end(), [&](const auto& c) { return c.first == call; });
+    if (same == calls.end()) same = calls.insert(calls.end(), {call, {}});
+    same->second.push_back(arrival->rank);
+  }
+  std::string text = "ranks made different calls in " + nameOperation(group, slot.head) + ": ";
+  if (calls.size() == 1) {
+    return text + "all called " + calls[0].first +
+           ", but cut it into different chunks; are REDUCER_CHUNK_BYTES, REDUCER_ALGORITHM and "
+           "REDUCER_SERVERS equal everywhere, or do the parts differ in size?";
+  }
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    text += (i ? "; " : "") + nameRanks(group, calls[i].second) + " called " + calls[i].first;
+  }
+  return text + ". All ranks of a group must make the same calls in the same order.";
+}
+
+std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint now) {
+  std::vector<Rank> missing;
+  std::vector<Rank> here;
+  for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
+    if (slot.arrived[rank]) {
+      here.push_back(rank);
+    } else if (takesPart(slot, rank)) {
+      missing.push_back(rank);
+    }
+  }
+  return nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": waited " +
+         seconds(now - slot.since) + " for " + nameRanks(group, missing) + "; here " +
+         (here.size() == 1 ? "is " : "are ") + nameRanks(group, here);
+}
+
+// ------------------------------------------------------------------ membership
+
+void Engine::join(const PeerRef& peer, const wire::Hello& hello) {
+  std::unique_ptr<Group>& group = groups_[hello.job];
+  if (!group) {
+    group = std::make_unique<Group>();
+    group->name = hello.group;
+    group->members.resize(hello.world_size);
+  }
+  REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
+  group->members[hello.rank] = Member{peer, hello.host, false, {}};
+  ++group->connected;
+  places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
+}
+
+void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
+  const auto found = places_.find(peer.get());
+  if (found == places_.end()) return;
+  const auto [job, place] = found->second;
+  places_.erase(found);
+  Group& group = *place.group;
+  Member& member = group.members[place.rank];
+  member.peer.reset();
+  member.gone = true;
+  member.gone_text = why.ok() ? "left the group" : "was lost (" + why.message() + ")";
+  if (--group.connected == 0) {
+    for (auto& [id, slot] : group.slots) drop(std::move(slot));
+    groups_.erase(job);
+    return;
+  }
+  std::vector<wire::SlotId> ids;
+  for (const auto& [id, slot] : group.slots) ids.push_back(id);
+  for (const wire::SlotId& id : ids) {
+    const auto slot = group.slots.find(id);  // failing one slot drops the others of its operation
+    if (slot != group.slots.end()) failIfHopeless(group, *slot->second, actions);
+  }
+}
+
+bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
+  for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
+    const Member& member = group.members[rank];
+    if (!member.gone || slot.arrived[rank] || !takesPart(slot, rank)) continue;
+    fail(group, slot.head, Code::kUnavailable,
+         nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": " +
+             nameRank(group, rank) + " " + member.gone_text + " before it joined in",
+         actions);
+    return true;
+  }
+  return false;
+}
+
+// ------------------------------------------------------------------ slots
+
+bool Engine::takesPart(const Slot& slot, Rank rank) {
+  return isPusher(slot.head, rank) || isPuller(slot.head, rank);
+}
+
+std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame, TimePoint now) {
+  std::unique_ptr<Slot> slot;
+  if (spare_.empty()) {
+    slot = std::make_unique<Slot>();
+  } else {
+    slot = std::move(spare_.back());
+    spare_.pop_back();
+  }
+  slot->head = frame;
+  slot->contributions.resize(frame.pusher == kAllRanks ? group.members.size() : 1);
+  slot->arrived.assign(group.members.size(), 0);
+  slot->pushes = 0;
+  slot->mismatch = false;
+  slot->since = now;
+  slot->deadline = TimePoint::max();
+  ++counters_.slots_open;
+  return slot;
+}
+
+void Engine::drop(std::unique_ptr<Slot> slot) {
+  for (const Payload& payload : slot->contributions) counters_.held_bytes -= payload.nbytes();
+  slot->contributions.clear();
+  slot->arrivals.clear();
+  --counters_.slots_open;
+  if (spare_.size() < kSpareSlots) spare_.push_back(std::move(slot));
+}
+
+Engine::Failure* Engine::findFailure(Group& group, OperationId id) {
+  for (Failure& failure : group.failures) {
+    if (failure.id == id) return &failure;
+  }
+  return nullptr;
+}
+
+Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame, const Payload& payload) {
+  const auto world = static_cast<Rank>(group.members.size());
+  if (frame.pusher >= world || frame.puller >= world) {
+    return broken("pusher " + std::to_string(frame.pusher) + " or puller " +
+                  std::to_string(frame.puller) + " is not in a group of " + std::to_string(world));
+  }
+  if (!isPusher(frame, rank) && !isPuller(frame, rank)) {
+    return broken("rank " + std::to_string(rank) + " takes no part in the slot that it pushed");
+  }
+  const std::size_t expected = isPusher(frame, rank) ? frame.length : 0;
+  if (payload.nbytes() != expected) {
+    return broken("a push of " + std::to_string(frame.length) + " bytes came with " +
+                  std::to_string(payload.nbytes()));
+  }
+  const std::size_t element = sizeOf(frame.call.dtype);
+  if (element == 0 || frame.length % element != 0 || frame.length > kMaxChunkBytes) {
+    return broken("a chunk of " + std::to_string(frame.length) + " bytes is not possible with " +
+                  std::string(nameOf(frame.call.dtype)));
+  }
+  if (frame.pusher == kAllRanks && frame.length > 0 &&
+      (frame.call.op == ReduceOp::kNone || !supports(frame.call.op, frame.call.dtype))) {
+    return broken(std::string(nameOf(frame.call.op)) + " has no meaning on " +
+                  std::string(nameOf(frame.call.dtype)));
+  }
+  return {};
+}
+
+Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload payload, TimePoint now,
+                      Actions& actions) {
+  const auto found = places_.find(peer.get());
+  if (found == places_.end()) return broken("a push before the hello");
+  Group& group = *found->second.second.group;
+  const Rank rank = found->second.second.rank;
+  if (Status status = checkPush(group, rank, frame, payload); !status.ok()) return status;
+
+  if (const Failure* failure = findFailure(group, operationOf(frame.slot))) {
+    wire::Frame reply;
+    reply.kind = wire::FrameKind::kError;
+    reply.slot = frame.slot;
+    reply.length = frame.length;
+    reply.code = failure->code;
+    reply.text = failure->text;
+    actions.sends.push_back(Outgoing{peer, std::move(reply), {}, false});
+    return {};
+  }
+
+  std::unique_ptr<Slot>& entry = group.slots[frame.slot];
+  if (!entry) entry = newSlot(group, frame, now);
+  Slot& slot = *entry;
+  if (slot.arrived[rank]) {
+    return broken("rank " + std::to_string(rank) + " pushed chunk " + std::to_string(frame.slot.chunk) +
+                  " of operation " + std::to_string(frame.slot.seq) + " twice");
+  }
+  if (!sameShape(slot.head, frame) && !slot.mismatch) {
+    slot.mismatch = true;
+    slot.deadline = std::min(slot.deadline, now + kMismatchGrace);
+  }
+  if (frame.timeout_ms != 0) {
+    slot.deadline = std::min(slot.deadline, now + std::chrono::milliseconds(frame.timeout_ms));
+  }
+  arrive(group, slot, peer, rank, frame, std::move(payload), actions);
+  return {};
+}
+
+void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
+                    Payload payload, Actions& actions) {
+  slot.arrived[rank] = 1;
+  slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
+  if (slot.mismatch) {
+    const std::size_t all = frame.slot.lane == 0 ? group.members.size() : 2;
+    if (slot.arrivals.size() >= all) {
+      fail(group, slot.head, Code::kMismatch, describeMismatch(group, slot), actions);
+    }
+    return;
+  }
+  if (isPusher(slot.head, rank)) {
+    counters_.held_bytes += payload.nbytes();
+    slot.contributions[slot.head.pusher == kAllRanks ? rank : 0] = std::move(payload);
+    ++slot.pushes;
+  }
+  const wire::SlotId id = slot.head.slot;
+  if (slot.pushes < slot.contributions.size()) {
+    failIfHopeless(group, slot, actions);
+    return;
+  }
+
+  if (slot.head.pusher == kAllRanks) {
+    Ready ready;
+    ready.call = slot.head.call;
+    ready.nbytes = slot.head.length;
+    ready.checksum = slot.head.has_checksum;
+    ready.replies.reserve(slot.arrivals.size());
+    for (const Arrival& arrival : slot.arrivals) answer(slot, arrival, ready.replies, false);
+    for (const Payload& held : slot.contributions) counters_.held_bytes -= held.nbytes();
+    ready.contributions = std::move(slot.contributions);
+    slot.contributions.clear();
+    actions.ready.push_back(std::move(ready));
+    ++counters_.slots_done;
+    const auto node = group.slots.find(id);
+    drop(std::move(node->second));
+    group.slots.erase(node);
+    return;
+  }
+
+  // One pusher: its bytes go to each puller as it comes. The pusher is answered when all have them.
+  std::size_t participants = 0;
+  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) participants += takesPart(slot, r);
+  const bool complete = slot.arrivals.size() == participants;
+  for (Arrival& arrival : slot.arrivals) {
+    if (!arrival.peer) continue;
+    if (!complete && (arrival.rank == slot.head.pusher || arrival.peer->in_process)) continue;
+    answer(slot, arrival, actions.sends, isPuller(slot.head, arrival.rank));
+    arrival.peer.reset();
+  }
+  if (!complete) {
+    failIfHopeless(group, slot, actions);
+    return;
+  }
+  ++counters_.slots_done;
+  const auto node = group.slots.find(id);
+  drop(std::move(node->second));
+  group.slots.erase(node);
+}
+
+void Engine::answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies,
+                    bool with_result) {
+  Outgoing out;
+  out.to = arrival.peer;
+  out.frame.kind = wire::FrameKind::kResult;
+  out.frame.epoch = slot.head.epoch;
+  out.frame.slot = slot.head.slot;
+  out.frame.length = slot.head.length;
+  if (slot.head.pusher == kAllRanks) {
+    out.wants_result = isPuller(slot.head, arrival.rank);
+  } else if (with_result) {
+    out.payload = slot.contributions[0];
+    if (slot.head.has_checksum) {
+      out.frame.has_checksum = true;
+      out.frame.checksum = wire::crc32c(out.payload);
+    }
+  }
+  replies.push_back(std::move(out));
+}
+
+// ------------------------------------------------------------------ failure
+
+void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
+                  Actions& actions) {
+  const OperationId id = operationOf(head.slot);
+  Failure failure{id, code, text, std::vector<char>(group.members.size(), 0), 0};
+  if (group.failures.size() >= kFailuresKept) group.failures.pop_front();
+  group.failures.push_back(std::move(failure));
+  for (auto it = group.slots.begin(); it != group.slots.end();) {
+    if (operationOf(it->first) != id) {
+      ++it;
+      continue;
+    }
+    Slot& slot = *it->second;
+    for (const Arrival& arrival : slot.arrivals) {
+      if (!arrival.peer) continue;
+      wire::Frame reply;
+      reply.kind = wire::FrameKind::kError;
+      reply.slot = it->first;
+      reply.length = arrival.length;
+      reply.code = code;
+      reply.text = text;
+      actions.sends.push_back(Outgoing{arrival.peer, std::move(reply), {}, false});
+    }
+    ++counters_.slots_failed;
+    drop(std::move(it->second));
+    it = group.slots.erase(it);
+  }
+}
+
+Status Engine::onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions) {
+  const auto found = places_.find(peer.get());
+  if (found == places_.end()) return broken("a cancel before the hello");
+  Group& group = *found->second.second.group;
+  const Rank rank = found->second.second.rank;
+  const OperationId id = operationOf(frame.slot);
+  if (findFailure(group, id) == nullptr) {
+    // The one that cancels is answered too: it ignores that, but its window is counted by answers.
+    const Code code = frame.code == Code::kOk ? Code::kAborted : frame.code;
+    fail(group, frame, code, frame.text, actions);
+  }
+  Failure* failure = findFailure(group, id);
+  if (!failure->cancelled[rank]) {
+    failure->cancelled[rank] = 1;
+    ++failure->cancels;
+  }
+  if (failure->cancels == group.members.size()) {
+    std::erase_if(group.failures, [&](const Failure& f) { return f.id == id; });
+  }
+  return {};
+}
+
+void Engine::tick(TimePoint now, Actions& actions) {
+  for (auto& [job, group] : groups_) {
+    std::vector<wire::SlotId> late;
+    for (const auto& [id, slot] : group->slots) {
+      if (slot->deadline <= now) late.push_back(id);
+    }
+    for (const wire::SlotId& id : late) {
+      const auto found = group->slots.find(id);
+      if (found == group->slots.end()) continue;  // went with another slot of its operation
+      const Slot& slot = *found->second;
+      if (slot.mismatch) {
+        fail(*group, slot.head, Code::kMismatch, describeMismatch(*group, slot), actions);
+      } else {
+        fail(*group, slot.head, Code::kTimeout, describeWait(*group, slot, now), actions);
+      }
+    }
+  }
+}
+
+}  // namespace reducer::engine

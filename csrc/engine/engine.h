@@ -1,0 +1,175 @@
+// The state machine of a reducer: what came in, what goes out. No threads, no sockets, no clock of its own.
+//
+// A slot is one chunk of one operation. Every rank that takes part in it (as pusher, puller or both) sends one
+// kPush frame and gets one answer: kResult, or kError for the whole operation. When all pushers are there the
+// slot's contributions leave the engine as Ready, in rank order; settle() sums them outside of any lock.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/payload.h"
+#include "common/status.h"
+#include "common/types.h"
+#include "wire/frame.h"
+
+namespace reducer::engine {
+
+/// A connected worker, as the engine sees it: somebody to answer. The engine only keeps and returns it.
+class Peer {
+ public:
+  virtual ~Peer() = default;
+  /// The worker that this reducer lives in. It is answered last, so that a worker whose operation is done owes
+  /// nobody anything and may end.
+  bool in_process = false;
+};
+using PeerRef = std::shared_ptr<Peer>;
+
+/// One answer. `nbytes` is the chunk's length, which leaves the worker's window with it.
+struct Outgoing {
+  PeerRef to;
+  wire::Frame frame;
+  Payload payload;
+  bool wants_result = false;  ///< in Ready: settle() puts the result here
+};
+
+/// A slot whose contributions are all there.
+struct Ready {
+  wire::Call call;
+  std::size_t nbytes = 0;
+  bool checksum = false;
+  std::vector<Payload> contributions;  ///< in rank order
+  std::vector<Outgoing> replies;
+};
+
+/// What the caller must do after an event, outside of the engine's lock.
+struct Actions {
+  std::vector<Outgoing> sends;
+  std::vector<Ready> ready;
+};
+
+/// Memory for results, used again and again. Thread safe. A buffer returns to its pool when its last Payload is gone.
+class BufferPool : public std::enable_shared_from_this<BufferPool> {
+ public:
+  static std::shared_ptr<BufferPool> create();
+  /// At least `nbytes`, 64-byte aligned, uninitialised.
+  std::shared_ptr<std::byte> get(std::size_t nbytes);
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+/// Sums the contributions in rank order (kernels::reduce) and completes the replies.
+std::vector<Outgoing> settle(Ready ready, BufferPool& pool);
+
+/// "all_reduce(sum, float32, 1000 elements)".
+std::string describe(const wire::Call& call);
+
+struct EngineCounters {
+  std::uint64_t slots_open = 0;
+  std::uint64_t slots_done = 0;
+  std::uint64_t slots_failed = 0;
+  std::uint64_t held_bytes = 0;
+};
+
+/// One shard: some of the slots of every group. Not thread safe: the owner serialises the calls.
+///
+/// A non-ok Status from a method means that the peer broke the protocol: its connection is to be
+/// closed with that message; the other ranks are not harmed (until they wait for that one).
+class Engine {
+ public:
+  /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the hello.
+  void join(const PeerRef& peer, const wire::Hello& hello);
+
+  /// `peer` is gone. `why` is ok if it left in good order. Fails the slots that still wait for it.
+  void leave(const PeerRef& peer, const Status& why, Actions& actions);
+
+  Status onPush(const PeerRef& peer, const wire::Frame& frame, Payload payload, TimePoint now,
+                Actions& actions);
+
+  /// The peer gives up an operation: what it has here is dropped, the others get `frame`'s code and text.
+  Status onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions);
+
+  /// Fails what has waited too long.
+  void tick(TimePoint now, Actions& actions);
+
+  const EngineCounters& counters() const { return counters_; }
+
+ private:
+  struct Member {
+    PeerRef peer;      // null: not connected (yet, or any more)
+    std::string host;  // "hostname:pid", empty before it connected
+    bool gone = false;
+    std::string gone_text;
+  };
+  struct Arrival {
+    Rank rank;
+    PeerRef peer;  // null once answered
+    wire::Call call;
+    std::uint64_t length;  // what it counts against its window
+  };
+  struct Slot {
+    wire::Frame head;                    // the first frame: what the others are compared with
+    std::vector<Payload> contributions;  // by rank, or one if there is one pusher
+    std::vector<Arrival> arrivals;       // in order of arrival
+    std::vector<char> arrived;           // by rank
+    std::size_t pushes = 0;
+    bool mismatch = false;
+    TimePoint since;
+    TimePoint deadline;
+  };
+  using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
+  struct Failure {
+    OperationId id;
+    Code code;
+    std::string text;
+    std::vector<char> cancelled;  // by rank
+    std::size_t cancels = 0;
+  };
+  struct SlotHash {
+    std::size_t operator()(const wire::SlotId& id) const noexcept;
+  };
+  struct Group {
+    std::string name;
+    std::vector<Member> members;
+    std::size_t connected = 0;
+    std::unordered_map<wire::SlotId, std::unique_ptr<Slot>, SlotHash> slots;
+    std::deque<Failure> failures;
+  };
+  struct Place {
+    Group* group;
+    Rank rank;
+  };
+
+  static Status checkPush(const Group& group, Rank rank, const wire::Frame& frame, const Payload& payload);
+  static bool takesPart(const Slot& slot, Rank rank);
+  static std::string nameRank(const Group& group, Rank rank);
+  static std::string nameRanks(const Group& group, const std::vector<Rank>& ranks);
+  static std::string nameOperation(const Group& group, const wire::Frame& head);
+  static std::string describeMismatch(const Group& group, const Slot& slot);
+  static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);
+  static Failure* findFailure(Group& group, OperationId id);
+
+  std::unique_ptr<Slot> newSlot(const Group& group, const wire::Frame& frame, TimePoint now);
+  void drop(std::unique_ptr<Slot> slot);
+  void arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
+              Payload payload, Actions& actions);
+  static void answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies,
+                     bool with_result);
+  void fail(Group& group, const wire::Frame& head, Code code, const std::string& text, Actions& actions);
+  bool failIfHopeless(Group& group, Slot& slot, Actions& actions);
+
+  std::unordered_map<std::string, std::unique_ptr<Group>> groups_;  // by job
+  std::unordered_map<const Peer*, std::pair<std::string, Place>> places_;
+  std::vector<std::unique_ptr<Slot>> spare_;
+  EngineCounters counters_;
+};
+
+}  // namespace reducer::engine

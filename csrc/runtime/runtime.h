@@ -1,0 +1,48 @@
+// What a worker process has once, whatever the number of its groups: the transport, and the reducer inside it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "server/server.h"
+#include "transport/transport.h"
+
+namespace reducer::runtime {
+
+struct RuntimeOptions {
+  std::string bind_host = "127.0.0.1";  ///< address on which other workers reach this process
+  int threads = 1;                      ///< completion-queue threads
+};
+
+/// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).
+class Runtime {
+ public:
+  /// The process' runtime for these options, made at first use and shared while somebody holds it.
+  /// In a child forked after that, kAborted: a forked process must start its own.
+  static Result<std::shared_ptr<Runtime>> acquire(const RuntimeOptions& options);
+
+  ~Runtime();
+  transport::Transport& transport() { return *transport_; }
+  server::ReducerServer& server() { return *server_; }
+  /// "host:port" where other workers reach the reducer inside this process.
+  std::string address() const { return server_->address(); }
+
+ private:
+  Runtime() = default;
+  std::unique_ptr<transport::Transport> transport_;
+  std::unique_ptr<server::ReducerServer> server_;
+};
+
+/// "hostname:pid" of this process.
+std::string hostLabel();
+
+/// The address of the interface `name_or_address`, or, when empty, that of the route to `peer_host`
+/// (a loopback peer gives 127.0.0.1). kInvalidArgument lists the interfaces that exist.
+Result<std::string> chooseBindHost(const std::string& name_or_address, const std::string& peer_host);
+
+/// Replaces names by addresses: a DNS name with several addresses counts as several servers. Input as from parseServers().
+Result<std::vector<std::string>> resolveServers(const std::vector<std::string>& servers);
+
+}  // namespace reducer::runtime

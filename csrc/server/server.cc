@@ -1,0 +1,251 @@
+#include "server/server.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+#include "server/local.h"
+#include "server/session.h"
+
+namespace reducer::server {
+namespace {
+
+std::string hexadecimal(const std::string& bytes) {
+  std::string text;
+  char digits[3];
+  for (const char byte : bytes) {
+    std::snprintf(digits, sizeof digits, "%02x", static_cast<unsigned char>(byte));
+    text += digits;
+  }
+  return text;
+}
+
+std::string mebibytes(std::uint64_t nbytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(nbytes) / (1 << 20));
+  return text;
+}
+
+std::size_t shardOf(const wire::SlotId& id, std::size_t shards) {
+  return (id.seq * 7 + id.chunk + id.lane * 0x9E3779B97F4A7C15ULL) % shards;
+}
+
+}  // namespace
+
+ServerState::ServerState(transport::Transport& t, ServerOptions o)
+    : transport(t), options(std::move(o)), started(t.now()) {
+  for (int i = 0; i < std::max(1, options.shards); ++i) shards.push_back(std::make_unique<Shard>());
+}
+
+Status ServerState::join(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
+  const std::lock_guard lock(registry_mutex);
+  const auto found = groups.find(hello.job);
+  const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
+  if (found == groups.end()) {
+    if (draining) {
+      return Status(Code::kUnavailable, "the reducer " + options.host +
+                                            " is shutting down and takes in no new group; leave it out "
+                                            "of REDUCER_SERVERS");
+    }
+    // A slot holds a push of every rank, or its result: the window of each rank counts twice.
+    const std::uint64_t needed =
+        2 * static_cast<std::uint64_t>(hello.world_size) * std::max<std::uint64_t>(hello.window_bytes, 1);
+    if (needed / 2 / hello.world_size != hello.window_bytes ||
+        needed > options.memory_limit_bytes - std::min<std::uint64_t>(reserved_bytes, options.memory_limit_bytes)) {
+      return Status(Code::kResourceExhausted,
+                    "the reducer " + options.host + " has no memory for group '" + hello.group + "' of " +
+                        std::to_string(hello.world_size) + " workers: it needs " + mebibytes(needed) +
+                        " (2 x workers x window), and of the limit of " +
+                        mebibytes(options.memory_limit_bytes) + " " + mebibytes(reserved_bytes) +
+                        " are promised to other groups; raise --memory-limit or lower REDUCER_WINDOW_BYTES");
+    }
+    GroupRecord record;
+    record.name = hello.group;
+    record.world_size = hello.world_size;
+    record.config = hello.config;
+    record.config_text = hello.config_text;
+    record.config_host = who;
+    record.reserved_bytes = needed;
+    reserved_bytes += needed;
+    groups.emplace(hello.job, std::move(record));
+  }
+  GroupRecord& record = groups.at(hello.job);
+  if (record.world_size != hello.world_size || record.config != hello.config) {
+    return Status(Code::kMismatch, "group '" + hello.group + "' is set up differently on its ranks: " + who +
+                                       " has a world size of " + std::to_string(hello.world_size) + " and " +
+                                       hello.config_text + "; " + record.config_host + " has " +
+                                       std::to_string(record.world_size) + " and " + record.config_text);
+  }
+  if (const auto twin = record.ranks.find(hello.rank); twin != record.ranks.end()) {
+    return Status(Code::kInvalidArgument, who + " of group '" + hello.group + "' is connected already, from " +
+                                              twin->second);
+  }
+  record.ranks[hello.rank] = hello.host;
+  sessions.insert(session);
+  for (const auto& shard : shards) {
+    const std::lock_guard shard_lock(shard->mutex);
+    shard->engine.join(session, hello);
+  }
+  return {};
+}
+
+void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hello& hello,
+                                 const Status& why) {
+  engine::Actions actions;
+  {
+    const std::lock_guard lock(registry_mutex);
+    const auto found = groups.find(hello.job);
+    if (found != groups.end()) {
+      found->second.ranks.erase(hello.rank);
+      if (found->second.ranks.empty()) {
+        reserved_bytes -= found->second.reserved_bytes;
+        groups.erase(found);
+      }
+    }
+    for (const auto& shard : shards) {
+      const std::lock_guard shard_lock(shard->mutex);
+      shard->engine.leave(session, why, actions);
+    }
+  }
+  perform(std::move(actions));
+}
+
+Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Frame& frame,
+                                  Payload payload) {
+  pushed_bytes += payload.nbytes();
+  Shard& shard = *shards[shardOf(frame.slot, shards.size())];
+  engine::Actions actions;
+  Status status;
+  {
+    const std::lock_guard lock(shard.mutex);
+    const std::uint64_t before = shard.engine.counters().held_bytes;
+    status = shard.engine.onPush(session, frame, std::move(payload), transport.now(), actions);
+    const std::uint64_t held = held_bytes += shard.engine.counters().held_bytes - before;
+    std::uint64_t max = held_bytes_max.load(std::memory_order_relaxed);
+    while (held > max && !held_bytes_max.compare_exchange_weak(max, held, std::memory_order_relaxed)) {
+    }
+  }
+  perform(std::move(actions));
+  return status;
+}
+
+Status ServerState::cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame) {
+  engine::Actions actions;
+  Status status;
+  for (const auto& shard : shards) {
+    const std::lock_guard lock(shard->mutex);
+    const std::uint64_t before = shard->engine.counters().held_bytes;
+    Status one = shard->engine.onCancel(session, frame, actions);
+    held_bytes += shard->engine.counters().held_bytes - before;
+    if (!one.ok()) status = std::move(one);
+  }
+  perform(std::move(actions));
+  return status;
+}
+
+void ServerState::tick(TimePoint now) {
+  engine::Actions actions;
+  for (const auto& shard : shards) {
+    const std::lock_guard lock(shard->mutex);
+    const std::uint64_t before = shard->engine.counters().held_bytes;
+    shard->engine.tick(now, actions);
+    held_bytes += shard->engine.counters().held_bytes - before;
+  }
+  perform(std::move(actions));
+}
+
+void ServerState::perform(engine::Actions actions) {
+  for (engine::Outgoing& out : actions.sends) deliver(std::move(out));
+  for (engine::Ready& ready : actions.ready) {
+    for (engine::Outgoing& out : engine::settle(std::move(ready), *pool)) deliver(std::move(out));
+  }
+}
+
+void ServerState::deliver(engine::Outgoing out) {
+  if (out.frame.kind == wire::FrameKind::kError) {
+    refused.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    result_bytes.fetch_add(out.payload.nbytes(), std::memory_order_relaxed);
+  }
+  static_cast<Session&>(*out.to).answer(out.frame, std::move(out.payload));
+}
+
+// ------------------------------------------------------------------ the public class
+
+ReducerServer::ReducerServer(transport::Transport& transport, ServerOptions options)
+    : state_(std::make_shared<ServerState>(transport, std::move(options))) {
+  ticker_ = transport.every(state_->options.tick, [state = state_](TimePoint now) { state->tick(now); });
+}
+
+ReducerServer::~ReducerServer() {
+  ticker_.reset();
+  listener_.reset();
+}
+
+void ReducerServer::finish(Duration timeout) {
+  std::unique_lock lock(state_->registry_mutex);
+  const std::vector<std::shared_ptr<Session>> open(state_->sessions.begin(), state_->sessions.end());
+  lock.unlock();
+  for (const auto& session : open) session->close(Status(), /*flush=*/true);
+  lock.lock();
+  state_->session_gone.wait_for(lock, timeout, [this] { return state_->sessions.empty(); });
+}
+
+Status ReducerServer::listen(const std::string& address) {
+  REDUCER_CHECK(!listener_);
+  auto listener = state_->transport.listen(
+      address, [state = state_](std::shared_ptr<transport::Connection> connection) {
+        return std::make_shared<Session>(state, std::move(connection), /*local=*/false);
+      });
+  if (!listener.ok()) return listener.status();
+  listener_ = std::move(listener).value();
+  return {};
+}
+
+std::string ReducerServer::address() const { return listener_ ? listener_->address() : std::string(); }
+
+std::shared_ptr<transport::Connection> ReducerServer::connectLocal(
+    std::shared_ptr<transport::Handler> handler) {
+  return connectInProcess(state_->transport, std::move(handler),
+                          [state = state_](std::shared_ptr<transport::Connection> connection) {
+                            return std::make_shared<Session>(state, std::move(connection), /*local=*/true);
+                          });
+}
+
+ServerStats ReducerServer::stats() const {
+  ServerStats stats;
+  stats.memory_limit_bytes = state_->options.memory_limit_bytes;
+  stats.held_bytes = state_->held_bytes;
+  stats.held_bytes_max = state_->held_bytes_max;
+  stats.pushed_bytes = state_->pushed_bytes;
+  stats.result_bytes = state_->result_bytes;
+  stats.refused = state_->refused;
+  stats.uptime_s = std::chrono::duration<double>(state_->transport.now() - state_->started).count();
+  for (const auto& shard : state_->shards) {
+    const std::lock_guard lock(shard->mutex);
+    stats.slots_open += shard->engine.counters().slots_open;
+    stats.slots_done += shard->engine.counters().slots_done;
+    stats.slots_failed += shard->engine.counters().slots_failed;
+  }
+  const std::lock_guard lock(state_->registry_mutex);
+  stats.reserved_bytes = state_->reserved_bytes;
+  stats.draining = state_->draining;
+  stats.connections = state_->sessions.size();
+  for (const auto& [job, record] : state_->groups) {
+    stats.groups.push_back({hexadecimal(job), record.name, record.world_size,
+                            static_cast<std::int32_t>(record.ranks.size()), record.reserved_bytes});
+  }
+  return stats;
+}
+
+void ReducerServer::drain() {
+  const std::lock_guard lock(state_->registry_mutex);
+  state_->draining = true;
+}
+
+bool ReducerServer::idle() const {
+  const std::lock_guard lock(state_->registry_mutex);
+  return state_->sessions.empty();
+}
+
+}  // namespace reducer::server

@@ -1,0 +1,85 @@
+// A reducer: the engine behind a transport. The same class runs standalone and inside every worker.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "engine/engine.h"
+#include "transport/transport.h"
+
+namespace reducer::server {
+
+struct ServerOptions {
+  std::size_t memory_limit_bytes = std::size_t{4} << 30;  ///< for chunks held and results not yet sent
+  int shards = 16;    ///< independent parts of the slot table; more than the threads that serve it
+  std::string host;   ///< "hostname:pid", for messages
+  Duration tick = std::chrono::milliseconds(100);  ///< how often deadlines are looked at
+};
+
+/// One group of one job, as `Stats` shows it.
+struct GroupStats {
+  std::string job;  ///< hexadecimal
+  std::string group;
+  std::int32_t world_size = 0;
+  std::int32_t connected = 0;
+  std::uint64_t reserved_bytes = 0;
+};
+
+struct ServerStats {
+  std::uint64_t memory_limit_bytes = 0;
+  std::uint64_t reserved_bytes = 0;  ///< promised to the groups that joined
+  std::uint64_t held_bytes = 0;      ///< in contributions that wait for others
+  std::uint64_t held_bytes_max = 0;
+  std::uint64_t pushed_bytes = 0;  ///< since the start
+  std::uint64_t result_bytes = 0;
+  std::uint64_t slots_done = 0;
+  std::uint64_t slots_failed = 0;
+  std::uint64_t slots_open = 0;
+  std::uint64_t connections = 0;
+  std::uint64_t refused = 0;  ///< connections and operations answered by an error
+  bool draining = false;
+  double uptime_s = 0;
+  std::vector<GroupStats> groups;
+};
+
+struct ServerState;
+
+/// Thread safety: every method, from any thread. Destroy before the transport.
+class ReducerServer {
+ public:
+  ReducerServer(transport::Transport& transport, ServerOptions options);
+  ~ReducerServer();
+  ReducerServer(const ReducerServer&) = delete;
+  ReducerServer& operator=(const ReducerServer&) = delete;
+
+  /// Serves "host:port" (port 0 picks one). Once. kUnavailable says why it cannot ("address in use").
+  Status listen(const std::string& address);
+
+  /// The address with the real port; empty before listen().
+  std::string address() const;
+
+  /// A connection from this process, without a transport: frames go straight to the engine, on the caller's thread.
+  std::shared_ptr<transport::Connection> connectLocal(std::shared_ptr<transport::Handler> handler);
+
+  ServerStats stats() const;
+
+  /// From now on no new group is taken in; the groups at work go on.
+  void drain();
+
+  /// True if no worker is connected.
+  bool idle() const;
+
+  /// Closes every connection once its last answers have left, and waits for that up to `timeout` (real time).
+  /// For an end in good order, before the destructor, which does not wait.
+  void finish(Duration timeout);
+
+ private:
+  std::shared_ptr<ServerState> state_;
+  std::unique_ptr<transport::Listener> listener_;
+  std::unique_ptr<transport::Timer> ticker_;
+};
+
+}  // namespace reducer::server

@@ -1,0 +1,109 @@
+#include "server/session.h"
+
+#include "common/limits.h"
+#include "wire/lane.h"
+
+namespace reducer::server {
+
+void Session::onFrame(wire::Frame frame, Payload payload) {
+  if (Status status = dispatch(frame, std::move(payload)); !status.ok()) {
+    refuse(status.code(), status.message());
+  }
+}
+
+Status Session::dispatch(const wire::Frame& frame, Payload payload) {
+  switch (frame.kind) {
+    case wire::FrameKind::kHello:
+      return hello(frame.hello);
+    case wire::FrameKind::kPush: {
+      // The memory that was promised at hello is all that a worker gets: its own window. (What a worker's own reducer
+      // holds for it is the worker's own memory, and send and recv never go through another host.)
+      const auto length = windowed(frame);
+      const std::int64_t outstanding = outstanding_bytes_.fetch_add(length) + length;
+      if (outstanding > static_cast<std::int64_t>(hello_.window_bytes)) {
+        return Status(Code::kResourceExhausted,
+                      "rank " + std::to_string(hello_.rank) + " has " + std::to_string(outstanding) +
+                          " bytes outstanding, more than the window of " +
+                          std::to_string(hello_.window_bytes) + " that it announced");
+      }
+      return state_->push(shared_from_this(), frame, std::move(payload));
+    }
+    case wire::FrameKind::kCancel:
+      return state_->cancel(shared_from_this(), frame);
+    case wire::FrameKind::kBye:
+      said_bye_ = true;
+      return {};
+    default:
+      return Status(Code::kInvalidArgument, "a worker does not send frames of kind " +
+                                                std::to_string(static_cast<int>(frame.kind)));
+  }
+}
+
+std::int64_t Session::windowed(const wire::Frame& frame) const {
+  if (in_process || wire::operationLane(frame.slot.lane) != wire::kCollectiveLane) return 0;
+  return static_cast<std::int64_t>(frame.length);
+}
+
+Status Session::hello(const wire::Hello& hello) {
+  const std::lock_guard lock(mutex_);
+  if (refused_) return {};
+  if (joined_) return Status(Code::kInvalidArgument, "a second hello on one connection");
+  if (hello.version != kProtocolVersion) {
+    return Status(Code::kVersion, "this reducer (" + state_->options.host + ") speaks protocol version " +
+                                      std::to_string(kProtocolVersion) + ", the worker speaks " +
+                                      std::to_string(hello.version) +
+                                      "; install the same version of reducer on both");
+  }
+  hello_ = hello;
+  if (Status status = state_->join(shared_from_this(), hello); !status.ok()) return status;
+  joined_ = true;
+  wire::Frame reply;
+  reply.kind = wire::FrameKind::kWelcome;
+  reply.hello.version = kProtocolVersion;
+  reply.hello.host = state_->options.host;
+  connection_->send(reply, {});
+  return {};
+}
+
+void Session::answer(const wire::Frame& frame, Payload payload) {
+  outstanding_bytes_ -= windowed(frame);
+  connection_->send(frame, std::move(payload));
+}
+
+void Session::refuse(Code code, const std::string& text) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (refused_) return;
+    refused_ = true;
+  }
+  ++state_->refused;
+  wire::Frame reply;
+  reply.kind = wire::FrameKind::kError;
+  reply.fatal = true;
+  reply.code = code;
+  reply.text = text;
+  connection_->send(reply, {});
+  connection_->close(Status(code, text), /*flush=*/true);
+}
+
+void Session::onClosed(const Status& reason) {
+  bool joined = false;
+  {
+    const std::lock_guard lock(mutex_);
+    joined = joined_;
+    joined_ = false;
+    refused_ = true;  // nothing that still comes is taken in
+  }
+  Status why = reason;
+  if (said_bye_) {
+    why = {};
+  } else if (reason.ok()) {
+    why = Status(Code::kUnavailable, "its connection was closed without a goodbye");
+  }
+  if (joined) state_->leave(shared_from_this(), hello_, why);
+  const std::lock_guard lock(state_->registry_mutex);
+  state_->sessions.erase(shared_from_this());
+  state_->session_gone.notify_all();
+}
+
+}  // namespace reducer::server

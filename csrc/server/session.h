@@ -1,0 +1,104 @@
+// One worker's connection to a reducer: hello, then pushes; answers leave through it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "engine/engine.h"
+#include "server/server.h"
+#include "transport/transport.h"
+
+namespace reducer::server {
+
+class Session;
+
+/// What all sessions of a reducer share. The slot table is split in shards, each with its own lock; the
+/// group registry's lock is taken at hello and goodbye only.
+struct ServerState {
+  struct Shard {
+    std::mutex mutex;
+    engine::Engine engine;
+  };
+  struct GroupRecord {
+    std::string name;
+    std::int32_t world_size = 0;
+    std::uint64_t config = 0;
+    std::string config_text;
+    std::string config_host;  // who set it
+    std::uint64_t reserved_bytes = 0;
+    std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
+  };
+
+  ServerState(transport::Transport& transport, ServerOptions options);
+
+  /// Takes the worker in, or says why not.
+  Status join(const std::shared_ptr<Session>& session, const wire::Hello& hello);
+  void leave(const std::shared_ptr<Session>& session, const wire::Hello& hello, const Status& why);
+  Status push(const std::shared_ptr<Session>& session, const wire::Frame& frame, Payload payload);
+  Status cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame);
+  void tick(TimePoint now);
+  /// Sums what is ready and sends all answers. No lock is held.
+  void perform(engine::Actions actions);
+  void deliver(engine::Outgoing out);
+
+  transport::Transport& transport;
+  const ServerOptions options;
+  const TimePoint started;
+  std::vector<std::unique_ptr<Shard>> shards;
+  const std::shared_ptr<engine::BufferPool> pool = engine::BufferPool::create();
+
+  std::mutex registry_mutex;
+  std::condition_variable session_gone;
+  std::unordered_map<std::string, GroupRecord> groups;  // by job
+  std::unordered_set<std::shared_ptr<Session>> sessions;
+  std::uint64_t reserved_bytes = 0;
+  bool draining = false;
+
+  std::atomic<std::uint64_t> pushed_bytes{0};
+  std::atomic<std::uint64_t> result_bytes{0};
+  std::atomic<std::uint64_t> held_bytes{0};
+  std::atomic<std::uint64_t> held_bytes_max{0};
+  std::atomic<std::uint64_t> refused{0};
+};
+
+/// Thread safety: as transport::Handler; answer() from any thread.
+class Session final : public transport::Handler,
+                      public engine::Peer,
+                      public std::enable_shared_from_this<Session> {
+ public:
+  Session(std::shared_ptr<ServerState> state, std::shared_ptr<transport::Connection> connection, bool local)
+      : state_(std::move(state)), connection_(std::move(connection)) {
+    in_process = local;
+  }
+
+  void onFrame(wire::Frame frame, Payload payload) override;
+  void onClosed(const Status& reason) override;
+
+  void answer(const wire::Frame& frame, Payload payload);
+  /// Answers with an error and closes.
+  void refuse(Code code, const std::string& text);
+  void close(const Status& reason, bool flush) { connection_->close(reason, flush); }
+
+ private:
+  Status dispatch(const wire::Frame& frame, Payload payload);
+  Status hello(const wire::Hello& hello);
+  /// Bytes of the frame that count against the worker's window.
+  std::int64_t windowed(const wire::Frame& frame) const;
+
+  const std::shared_ptr<ServerState> state_;
+  const std::shared_ptr<transport::Connection> connection_;
+  std::mutex mutex_;  // membership against a local connection's concurrent frames
+  wire::Hello hello_;
+  bool joined_ = false;
+  bool refused_ = false;
+  std::atomic<bool> said_bye_{false};
+  std::atomic<std::int64_t> outstanding_bytes_{0};
+};
+
+}  // namespace reducer::server

@@ -1,0 +1,355 @@
+#include "transport/sim/world.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "transport/sim/address.h"
+
+namespace reducer::transport::sim {
+
+Held::Held(World& world) : lock(world.mutex_) {}
+
+// Virtual time does not begin at zero, so that a time before the beginning can be expressed.
+World::World(SimOptions options)
+    : options_(options), random_(options.seed), virtual_now_(std::chrono::hours(1)) {
+  REDUCER_CHECK(options.threads >= 0);
+  REDUCER_CHECK(options.latency_min >= Duration::zero() &&
+                options.latency_max >= options.latency_min);
+}
+
+World::~World() { REDUCER_CHECK(threads_.empty()); }
+
+void World::startThreads() {
+  for (int i = 0; i < options_.threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+void World::stop() {
+  {
+    const Held held(*this);
+    stopping_ = true;
+    wake_.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  Held held(*this);
+  for (; !events_.empty(); events_.pop()) {
+    held.trash.add(std::shared_ptr(events_.top().task));
+    held.trash.add(std::shared_ptr(events_.top().endpoint));
+    held.trash.add(std::shared_ptr(events_.top().timer));
+  }
+  for (const auto& [name, host] : hosts_) {
+    host->gone = true;
+    for (const auto& [id, endpoint] : host->endpoints) letGo(held, *endpoint);
+    host->endpoints.clear();
+  }
+  for (auto& [address, listener] : listeners_) held.trash.add(std::move(listener->acceptor));
+  listeners_.clear();
+}
+
+// ------------------------------------------------------------------ events
+
+TimePoint World::nowHeld() const { return options_.threads > 0 ? Clock::now() : virtual_now_; }
+
+TimePoint World::now() {
+  const Held held(*this);
+  return nowHeld();
+}
+
+Duration World::delay() {
+  const Duration spread = options_.latency_max - options_.latency_min;
+  return options_.latency_min + Duration(random_.upTo(static_cast<std::uint64_t>(spread.count())));
+}
+
+void World::pushEvent(Event event) {
+  event.order = next_order_++;
+  events_.push(std::move(event));
+  wake_.notify_one();
+}
+
+void World::pushEndpointEvent(Event::Kind kind, const std::shared_ptr<Endpoint>& endpoint,
+                              TimePoint at) {
+  Event event;
+  event.at = at;
+  event.kind = kind;
+  event.endpoint = endpoint;
+  pushEvent(std::move(event));
+}
+
+World::Event World::popEvent() {
+  Event event =
+      std::move(const_cast<Event&>(events_.top()));  // its time and order stay as they are
+  events_.pop();
+  return event;
+}
+
+bool World::handle(Held& held, Event& event) {
+  switch (event.kind) {
+    case Event::Kind::kArrive:
+      return arrive(held, event.endpoint, event.at);
+    case Event::Kind::kAttempt:
+      return attempt(held, event.endpoint);
+    case Event::Kind::kEnd:
+      if (event.endpoint->closed) return false;
+      event.endpoint->ready.push_back({Item::Kind::kEnd, {}, event.endpoint->reason});
+      run(held, event.endpoint);
+      return true;
+    case Event::Kind::kTick:
+      return handleTick(held, event);
+    case Event::Kind::kTask:
+      return handleTask(held, event);
+  }
+  return false;
+}
+
+bool World::handleTick(Held& held, Event& event) {
+  TimerState& timer = *event.timer;
+  if (timer.cancelled || timer.host->gone) return false;
+  auto tick = timer.tick;
+  const TimePoint now = nowHeld();
+  timer.running = true;
+  timer.runner = std::this_thread::get_id();
+  callOut(held, timer.host.get(), [&] {
+    (*tick)(now);
+    tick.reset();
+  });
+  timer.running = false;
+  if (timer.cancelled) return true;
+  Event next;
+  next.at = nowHeld() + timer.interval;
+  next.kind = Event::Kind::kTick;
+  next.timer = event.timer;
+  pushEvent(std::move(next));
+  return true;
+}
+
+bool World::handleTask(Held& held, Event& event) {
+  if (event.host->gone) {
+    held.trash.add(std::move(event.task));
+    return false;
+  }
+  callOut(held, event.host.get(), [&] {
+    (*event.task)();
+    event.task.reset();
+  });
+  return true;
+}
+
+bool World::stepOnce(TimePoint end, bool& any) {
+  REDUCER_CHECK(options_.threads == 0);
+  Held held(*this);
+  any = !events_.empty() && events_.top().at <= end;
+  if (!any) return false;
+  Event event = popEvent();
+  virtual_now_ = std::max(virtual_now_, event.at);
+  return handle(held, event);
+}
+
+bool World::step() {
+  bool any = true;
+  while (any) {
+    if (stepOnce(TimePoint::max(), any)) return true;
+  }
+  return false;
+}
+
+bool World::runUntil(const std::function<bool()>& done, Duration limit) {
+  const TimePoint end = now() + limit;
+  bool any = true;
+  while (!done()) {
+    if (!any) {
+      const Held held(*this);
+      virtual_now_ = std::max(virtual_now_, end);
+      return false;
+    }
+    while (!stepOnce(end, any) && any) {
+    }
+  }
+  return true;
+}
+
+void World::work() {
+  Held held(*this);
+  while (!stopping_) {
+    if (events_.empty()) {
+      wake_.wait(held.lock);
+      continue;
+    }
+    const TimePoint at = events_.top().at;
+    if (at > Clock::now()) {
+      wake_.wait_until(held.lock, at);
+      continue;
+    }
+    Event event = popEvent();
+    // The wake-up for several events may have come to this thread alone; the rest is for another.
+    if (!events_.empty()) wake_.notify_one();
+    handle(held, event);
+    if (!held.trash.empty()) {
+      held.unlock();
+      held.lock.lock();
+    }
+  }
+}
+
+void World::waitForCallsOf(Held& held, const Host* host) {
+  const std::thread::id me = std::this_thread::get_id();
+  idle_.wait(held.lock, [&] {
+    return std::none_of(calls_.begin(), calls_.end(),
+                        [&](const Call& call) { return call.host == host && call.thread != me; });
+  });
+}
+
+// ------------------------------------------------------------------ hosts
+
+std::shared_ptr<Host> World::findHost(const std::string& name) const {
+  const auto found = hosts_.find(name);
+  return found == hosts_.end() || found->second->gone ? nullptr : found->second;
+}
+
+std::shared_ptr<Host> World::addHost(const std::string& name) {
+  const Held held(*this);
+  REDUCER_CHECK(findHost(name) == nullptr);  // a name may be used again once its host is gone
+  auto host = std::make_shared<Host>();
+  host->name = name;
+  hosts_[name] = host;
+  return host;
+}
+
+void World::destroyHost(const std::shared_ptr<Host>& host) {
+  Held held(*this);
+  if (!host->gone) {
+    EndpointList endpoints;
+    for (const auto& [id, endpoint] : host->endpoints) endpoints.push_back(endpoint);
+    std::erase_if(listeners_, [&](auto& entry) { return entry.second->host == host; });
+    host->gone = true;
+    closeNow(held, endpoints,
+             Status(Code::kAborted, "the transport of " + host->name + " was destroyed"));
+  }
+  waitForCallsOf(held, host.get());
+}
+
+void World::kill(const std::string& name) {
+  Held held(*this);
+  const std::shared_ptr<Host> host = findHost(name);
+  REDUCER_CHECK(host != nullptr);
+  std::erase_if(listeners_, [&](auto& entry) {
+    if (entry.second->host != host) return false;
+    held.trash.add(std::move(entry.second->acceptor));
+    return true;
+  });
+  const bool was_paused = std::exchange(host->paused, false);
+  host->gone = true;
+  for (const auto& [id, endpoint] : host->endpoints) {
+    if (endpoint->peer) {
+      if (was_paused) {  // what it sent meanwhile has not left it
+        for (Transit& transit : endpoint->peer->inbound)
+          held.trash.items.push_back(std::move(transit.item));
+        endpoint->peer->inbound.clear();
+      }
+      tellPeer(held, *endpoint,
+               Status(Code::kUnavailable, "lost the connection to " + endpoint->own_address +
+                                              ": its process or host went away"),
+               /*flush=*/false);
+    }
+    letGo(held, *endpoint);
+  }
+  host->endpoints.clear();
+  waitForCallsOf(held, host.get());
+}
+
+void World::pause(const std::string& name) {
+  const Held held(*this);
+  const std::shared_ptr<Host> host = findHost(name);
+  REDUCER_CHECK(host != nullptr);
+  host->paused = true;
+}
+
+void World::resume(const std::string& name) {
+  const Held held(*this);
+  const std::shared_ptr<Host> resumed = findHost(name);
+  REDUCER_CHECK(resumed != nullptr);
+  resumed->paused = false;
+  for (const auto& [host_name, host] : hosts_) {
+    for (const auto& [id, endpoint] : host->endpoints) {
+      const bool touched = host == resumed || (endpoint->peer && endpoint->peer->host == resumed);
+      if (touched && !isHeld(*endpoint)) retime(endpoint);
+    }
+  }
+}
+
+// ------------------------------------------------------------------ listeners, timers, tasks
+
+Result<std::shared_ptr<ListenerState>> World::listen(const std::shared_ptr<Host>& host,
+                                                     const std::string& address,
+                                                     Acceptor acceptor) {
+  const auto parsed = parseAddress(address);
+  const std::string cannot = "cannot listen at '" + address + "': ";
+  if (!parsed) return Status(Code::kUnavailable, cannot + "it is not HOST:PORT");
+  if (parsed->host != host->name) {
+    return Status(Code::kUnavailable, cannot + "this host is " + host->name);
+  }
+  const Held held(*this);
+  if (host->gone) return Status(Code::kUnavailable, cannot + "the host is gone");
+  auto listener = std::make_shared<ListenerState>();
+  listener->host = host;
+  listener->address = address;
+  while (parsed->port == 0 &&
+         (listener->address == address || listeners_.contains(listener->address))) {
+    listener->address = host->name + ":" + std::to_string(host->nextPort());
+  }
+  if (listeners_.contains(listener->address)) {
+    return Status(Code::kUnavailable, cannot + "the port is in use; choose another, or 0 for any");
+  }
+  listener->acceptor = std::make_shared<const Acceptor>(std::move(acceptor));
+  listeners_[listener->address] = listener;
+  return listener;
+}
+
+void World::unlisten(const std::shared_ptr<ListenerState>& listener) {
+  Held held(*this);
+  const auto found = listeners_.find(listener->address);
+  if (found != listeners_.end() && found->second == listener) listeners_.erase(found);
+  EndpointList accepted;
+  for (const auto& [id, endpoint] : listener->host->endpoints) {
+    if (endpoint->listener == listener) accepted.push_back(endpoint);
+  }
+  closeNow(held, accepted,
+           Status(Code::kAborted, "the listener at " + listener->address + " was closed"));
+  held.trash.add(std::move(listener->acceptor));
+}
+
+std::shared_ptr<TimerState> World::every(const std::shared_ptr<Host>& host, Duration interval,
+                                         std::function<void(TimePoint)> tick) {
+  REDUCER_CHECK(interval > Duration::zero());
+  auto timer = std::make_shared<TimerState>();
+  timer->host = host;
+  timer->interval = interval;
+  timer->tick = std::make_shared<const std::function<void(TimePoint)>>(std::move(tick));
+  const Held held(*this);
+  Event event;
+  event.at = nowHeld() + interval;
+  event.kind = Event::Kind::kTick;
+  event.timer = timer;
+  pushEvent(std::move(event));
+  return timer;
+}
+
+void World::cancel(TimerState& timer) {
+  Held held(*this);
+  timer.cancelled = true;
+  idle_.wait(held.lock,
+             [&] { return !timer.running || timer.runner == std::this_thread::get_id(); });
+  held.trash.add(std::move(timer.tick));
+}
+
+void World::post(const std::shared_ptr<Host>& host, std::function<void()> task) {
+  Event event;
+  event.kind = Event::Kind::kTask;
+  event.host = host;
+  event.task = std::make_shared<const std::function<void()>>(std::move(task));
+  const Held held(*this);
+  if (host->gone) return;
+  event.at = nowHeld();
+  pushEvent(std::move(event));
+}
+
+}  // namespace reducer::transport::sim

@@ -1,0 +1,318 @@
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+
+#include "common/limits.h"
+#include "wire/lane.h"
+
+namespace reducer::engine {
+namespace {
+
+struct Worker : Peer {
+  explicit Worker(Rank r) : rank(r) {}
+  Rank rank;
+};
+
+// An engine with n workers of one group; keeps what each of them got.
+class EngineTest : public testing::Test {
+ protected:
+  void makeGroup(Rank n) {
+    for (Rank r = 0; r < n; ++r) {
+      workers_.push_back(std::make_shared<Worker>(r));
+      wire::Hello hello;
+      hello.job = "0123456789abcdef";
+      hello.group = "default";
+      hello.rank = r;
+      hello.world_size = n;
+      hello.host = "host" + std::to_string(r) + ":" + std::to_string(100 + r);
+      engine_.join(workers_.back(), hello);
+    }
+    got_.resize(n);
+  }
+
+  static Payload floats(const std::vector<float>& values) {
+    auto copy = std::make_shared<std::vector<float>>(values);
+    return Payload(Bytes(reinterpret_cast<const std::byte*>(copy->data()), copy->size() * sizeof(float)), copy);
+  }
+
+  static std::vector<float> toFloats(const Payload& payload) {
+    std::vector<float> values(payload.nbytes() / sizeof(float));
+    payload.copyTo(reinterpret_cast<std::byte*>(values.data()));
+    return values;
+  }
+
+  static wire::Frame push(std::uint64_t seq, std::uint64_t count, std::uint32_t chunk = 0) {
+    wire::Frame frame;
+    frame.slot.seq = seq;
+    frame.slot.chunk = chunk;
+    frame.call.collective = Collective::kAllReduce;
+    frame.call.op = ReduceOp::kSum;
+    frame.call.dtype = DataType::kFloat32;
+    frame.call.count = count;
+    frame.length = count * sizeof(float);
+    frame.timeout_ms = 5000;
+    return frame;
+  }
+
+  Status give(Rank rank, const wire::Frame& frame, Payload payload = {}) {
+    Actions actions;
+    Status status = engine_.onPush(workers_[rank], frame, std::move(payload), now_, actions);
+    collect(std::move(actions));
+    return status;
+  }
+
+  void collect(Actions actions) {
+    for (Ready& ready : actions.ready) {
+      for (Outgoing& out : settle(std::move(ready), *pool_)) actions.sends.push_back(std::move(out));
+    }
+    for (Outgoing& out : actions.sends) got_[static_cast<Worker&>(*out.to).rank].push_back(std::move(out));
+  }
+
+  void advance(Duration duration) {
+    now_ += duration;
+    Actions actions;
+    engine_.tick(now_, actions);
+    collect(std::move(actions));
+  }
+
+  void expectEmpty() {
+    EXPECT_EQ(engine_.counters().slots_open, 0u);
+    EXPECT_EQ(engine_.counters().held_bytes, 0u);
+  }
+
+  const std::string& errorOf(Rank rank) {
+    static const std::string kNone = "(no error)";
+    if (got_[rank].empty() || got_[rank].back().frame.kind != wire::FrameKind::kError) return kNone;
+    return got_[rank].back().frame.text;
+  }
+
+  Engine engine_;
+  std::shared_ptr<BufferPool> pool_ = BufferPool::create();
+  std::vector<std::shared_ptr<Worker>> workers_;
+  std::vector<std::vector<Outgoing>> got_;
+  TimePoint now_{};
+};
+
+TEST_F(EngineTest, SumsInRankOrderWhateverTheOrderOfArrival) {
+  makeGroup(4);
+  // ((1e8 + 1) - 1e8) + 1 differs from every other order.
+  const float inputs[] = {1e8f, 1.0f, -1e8f, 1.0f};
+  const float expected = ((inputs[0] + inputs[1]) + inputs[2]) + inputs[3];
+  std::vector<Rank> order{0, 1, 2, 3};
+  std::uint64_t seq = 0;
+  do {
+    for (const Rank rank : order) {
+      ASSERT_TRUE(give(rank, push(seq, 1), floats({inputs[rank]})).ok());
+    }
+    for (Rank rank = 0; rank < 4; ++rank) {
+      ASSERT_EQ(got_[rank].size(), seq + 1);
+      ASSERT_EQ(toFloats(got_[rank].back().payload), std::vector<float>{expected});
+    }
+    ++seq;
+  } while (std::next_permutation(order.begin(), order.end()));
+  EXPECT_EQ(seq, 24u);
+  EXPECT_EQ(engine_.counters().slots_done, 24u);
+  expectEmpty();
+}
+
+TEST_F(EngineTest, ZeroElementsAreAnOperationToo) {
+  makeGroup(2);
+  ASSERT_TRUE(give(0, push(0, 0)).ok());
+  EXPECT_TRUE(got_[0].empty());
+  ASSERT_TRUE(give(1, push(0, 0)).ok());
+  EXPECT_EQ(got_[0].size(), 1u);
+  EXPECT_EQ(got_[1].size(), 1u);
+  expectEmpty();
+}
+
+TEST_F(EngineTest, ReduceGivesItsResultToTheRootOnly) {
+  makeGroup(3);
+  wire::Frame frame = push(0, 2);
+  frame.call.collective = Collective::kReduce;
+  frame.call.root = 1;
+  frame.puller = 1;
+  for (Rank rank = 0; rank < 3; ++rank) ASSERT_TRUE(give(rank, frame, floats({1, 2})).ok());
+  EXPECT_EQ(got_[0][0].payload.nbytes(), 0u);
+  EXPECT_EQ(toFloats(got_[1][0].payload), (std::vector<float>{3, 6}));
+  EXPECT_EQ(got_[2][0].payload.nbytes(), 0u);
+}
+
+TEST_F(EngineTest, BroadcastServesEachPullerAsItComesAndThePusherLast) {
+  makeGroup(3);
+  workers_[2]->in_process = true;
+  wire::Frame frame = push(0, 1);
+  frame.call.collective = Collective::kBroadcast;
+  frame.call.op = ReduceOp::kNone;
+  frame.call.root = 0;
+  frame.pusher = 0;
+  ASSERT_TRUE(give(2, frame).ok());
+  ASSERT_TRUE(give(0, frame, floats({7})).ok());
+  EXPECT_TRUE(got_[0].empty()) << "rank 1 still needs it";
+  EXPECT_TRUE(got_[2].empty()) << "the reducer lives in rank 2, which must not end while rank 1 needs it";
+  ASSERT_TRUE(give(1, frame).ok());
+  EXPECT_EQ(toFloats(got_[1][0].payload), std::vector<float>{7});
+  EXPECT_EQ(toFloats(got_[2][0].payload), std::vector<float>{7});
+  ASSERT_EQ(got_[0].size(), 1u);
+  expectEmpty();
+}
+
+TEST_F(EngineTest, MismatchNamesWhoCalledWhatOnEveryRankAndTheNextCallWorks) {
+  makeGroup(3);
+  ASSERT_TRUE(give(0, push(0, 2), floats({1, 2})).ok());
+  wire::Frame other = push(0, 3);
+  ASSERT_TRUE(give(1, other, floats({1, 2, 3})).ok());
+  EXPECT_TRUE(got_[0].empty()) << "rank 2 may still show what it called";
+  ASSERT_TRUE(give(2, push(0, 2), floats({1, 2})).ok());
+  for (Rank rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(got_[rank].back().frame.code, Code::kMismatch);
+    EXPECT_EQ(errorOf(rank),
+              "ranks made different calls in group 'default', collective #0: rank 0 (host0:100), rank 2 (host2:102) "
+              "called all_reduce(sum, float32, 2 elements); rank 1 (host1:101) called all_reduce(sum, float32, 3 "
+              "elements). All ranks of a group must make the same calls in the same order.");
+  }
+  for (Rank rank = 0; rank < 3; ++rank) ASSERT_TRUE(give(rank, push(1, 1), floats({1})).ok());
+  EXPECT_EQ(toFloats(got_[0].back().payload), std::vector<float>{3});
+  expectEmpty();
+}
+
+TEST_F(EngineTest, MismatchDoesNotWaitLongForRanksThatDoNotCome) {
+  makeGroup(3);
+  ASSERT_TRUE(give(0, push(0, 2), floats({1, 2})).ok());
+  ASSERT_TRUE(give(1, push(0, 1), floats({1})).ok());
+  advance(std::chrono::milliseconds(500));
+  EXPECT_EQ(got_[0].back().frame.code, Code::kMismatch);
+  const std::string text = errorOf(0);
+  EXPECT_EQ(errorOf(1), text);
+  ASSERT_TRUE(give(2, push(0, 2), floats({1, 2})).ok());
+  EXPECT_EQ(errorOf(2), text) << "a rank that comes late gets the same message";
+  expectEmpty();
+}
+
+TEST_F(EngineTest, TimeoutNamesTheMissingRanks) {
+  makeGroup(3);
+  ASSERT_TRUE(give(1, push(4, 2), floats({1, 2})).ok());
+  advance(std::chrono::milliseconds(4900));
+  EXPECT_TRUE(got_[1].empty());
+  advance(std::chrono::milliseconds(200));
+  EXPECT_EQ(got_[1].back().frame.code, Code::kTimeout);
+  EXPECT_EQ(errorOf(1),
+            "group 'default', collective #4, all_reduce(sum, float32, 2 elements): waited 5.1 s for rank 0 "
+            "(host0:100), rank 2 (host2:102); here is rank 1 (host1:101)");
+  expectEmpty();
+}
+
+TEST_F(EngineTest, ALostRankFailsWhatWaitsForItAndWhatComesLater) {
+  makeGroup(2);
+  ASSERT_TRUE(give(0, push(0, 1), floats({1})).ok());
+  Actions actions;
+  engine_.leave(workers_[1], Status(Code::kUnavailable, "connection reset"), actions);
+  collect(std::move(actions));
+  EXPECT_EQ(errorOf(0), "group 'default', collective #0, all_reduce(sum, float32, 1 element): rank 1 (host1:101) was "
+                        "lost (connection reset) before it joined in");
+  ASSERT_TRUE(give(0, push(1, 1), floats({1})).ok());
+  EXPECT_EQ(got_[0].size(), 2u);
+  EXPECT_EQ(got_[0].back().frame.code, Code::kUnavailable);
+  expectEmpty();
+}
+
+TEST_F(EngineTest, ARankThatLeftAfterItsPartHarmsNobody) {
+  makeGroup(3);
+  ASSERT_TRUE(give(1, push(0, 1), floats({1})).ok());
+  Actions actions;
+  engine_.leave(workers_[1], Status(), actions);
+  collect(std::move(actions));
+  ASSERT_TRUE(give(0, push(0, 1), floats({1})).ok());
+  ASSERT_TRUE(give(2, push(0, 1), floats({1})).ok());
+  EXPECT_EQ(toFloats(got_[0].back().payload), std::vector<float>{3});
+}
+
+TEST_F(EngineTest, CancelTellsTheOthersAndIsForgottenWhenAllCancelled) {
+  makeGroup(2);
+  ASSERT_TRUE(give(0, push(0, 1, 3), floats({1})).ok());
+  wire::Frame cancel;
+  cancel.kind = wire::FrameKind::kCancel;
+  cancel.code = Code::kTimeout;
+  cancel.text = "gave up";
+  for (Rank rank = 0; rank < 2; ++rank) {
+    Actions actions;
+    ASSERT_TRUE(engine_.onCancel(workers_[1 - rank], cancel, actions).ok());
+    collect(std::move(actions));
+  }
+  EXPECT_EQ(errorOf(0), "gave up");
+  EXPECT_TRUE(got_[1].empty());
+  expectEmpty();
+  // Both have cancelled: the number could be used again (it never is, but nothing is remembered).
+  ASSERT_TRUE(give(0, push(0, 1, 3), floats({1})).ok());
+  ASSERT_TRUE(give(1, push(0, 1, 3), floats({1})).ok());
+  EXPECT_EQ(toFloats(got_[1].back().payload), std::vector<float>{2});
+}
+
+TEST_F(EngineTest, ProtocolErrorsAreToldToTheCallerAndHarmNoSlot) {
+  makeGroup(2);
+  ASSERT_TRUE(give(0, push(0, 2), floats({1, 2})).ok());
+  EXPECT_FALSE(give(0, push(0, 2), floats({1, 2})).ok()) << "twice";
+  EXPECT_FALSE(give(1, push(0, 2), floats({1})).ok()) << "short payload";
+  wire::Frame frame = push(0, 2);
+  frame.pusher = 7;
+  EXPECT_FALSE(give(1, frame, floats({1, 2})).ok()) << "a pusher outside of the group";
+  frame = push(0, 2);
+  frame.pusher = 0;
+  frame.puller = 0;
+  EXPECT_FALSE(give(1, frame).ok()) << "no part in it";
+  frame = push(0, 2);
+  frame.call.op = ReduceOp::kBitAnd;
+  EXPECT_FALSE(give(1, frame, floats({1, 2})).ok()) << "bitwise and on float32";
+  frame = push(0, 2);
+  frame.length = kMaxChunkBytes * 2;
+  EXPECT_FALSE(give(1, frame, floats({1, 2})).ok()) << "beyond the limit";
+  ASSERT_TRUE(give(1, push(0, 2), floats({1, 2})).ok());
+  EXPECT_EQ(toFloats(got_[0].back().payload), (std::vector<float>{2, 4}));
+  expectEmpty();
+}
+
+TEST_F(EngineTest, PartsOfACollectiveFailWithIt) {
+  makeGroup(2);
+  wire::Frame part = push(0, 1, 1);
+  part.slot.lane = wire::partLane(0);
+  part.call.collective = Collective::kGather;
+  part.call.op = ReduceOp::kNone;
+  part.pusher = 0;
+  part.puller = 1;
+  ASSERT_TRUE(give(0, part, floats({1})).ok());
+  wire::Frame cancel;
+  cancel.kind = wire::FrameKind::kCancel;
+  cancel.text = "gave up";
+  Actions actions;
+  ASSERT_TRUE(engine_.onCancel(workers_[1], cancel, actions).ok());
+  collect(std::move(actions));
+  EXPECT_EQ(errorOf(0), "gave up");
+  expectEmpty();
+}
+
+TEST_F(EngineTest, RandomArrivalsOfManySlotsLeaveNothingBehind) {
+  constexpr Rank kWorld = 5;
+  makeGroup(kWorld);
+  std::mt19937 random(7);
+  std::vector<std::pair<Rank, std::uint32_t>> events;
+  for (std::uint32_t chunk = 0; chunk < 500; ++chunk) {
+    for (Rank rank = 0; rank < kWorld; ++rank) events.emplace_back(rank, chunk);
+  }
+  std::shuffle(events.begin(), events.end(), random);
+  for (const auto& [rank, chunk] : events) {
+    ASSERT_TRUE(give(rank, push(0, 1, chunk), floats({static_cast<float>(chunk * 10 + rank)})).ok());
+  }
+  for (Rank rank = 0; rank < kWorld; ++rank) {
+    ASSERT_EQ(got_[rank].size(), 500u);
+    for (const Outgoing& out : got_[rank]) {
+      EXPECT_EQ(toFloats(out.payload)[0], static_cast<float>(out.frame.slot.chunk * 50 + 10));
+    }
+  }
+  expectEmpty();
+}
+
+}  // namespace
+}  // namespace reducer::engine
