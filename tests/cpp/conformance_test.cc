@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -338,7 +340,6 @@ TEST_P(Conformance, OnClosedDoesNotComeFromWithinClose) {
   std::mutex held;
   bool returned = false;
   bool early = false;
-  auto handler = std::make_shared<Recorder>();
   struct Watcher : transport::Handler {
     std::function<void(const Status&)> closed;
     void onFrame(Frame, Payload) override {}

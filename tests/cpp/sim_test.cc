@@ -478,8 +478,8 @@ TEST(SimThreads, FaultsUnderLoadLoseNoCallback) {
       hosts.push_back(network->addHost("client" + std::to_string(i)));
       clients.push_back(std::make_shared<Recorder>());
       clients[i]->hold(hosts[i]->connect("server:1", clients[i], 5s));
-      timers.push_back(hosts[i]->every(100us, [&, i](TimePoint) {
-        clients[i]->connection()->send(numbered(0, 50), patternPayload(0, 50, 1, released));
+      timers.push_back(hosts[i]->every(100us, [client = clients[i], released](TimePoint) {
+        client->connection()->send(numbered(0, 50), patternPayload(0, 50, 1, released));
       }));
     }
     for (const auto& recorder : clients) ASSERT_TRUE(recorder->waitForFrames(1));

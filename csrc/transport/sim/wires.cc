@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "transport/sim/address.h"
+#include "transport/address.h"
 #include "transport/sim/world.h"
 #include "wire/frame.h"
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "transport/sim/address.h"
+#include "transport/address.h"
 
 namespace reducer::transport::sim {
 

@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-namespace reducer::transport::sim {
+namespace reducer::transport {
 
 struct Address {
   std::string host;
@@ -24,4 +24,4 @@ inline std::optional<Address> parseAddress(const std::string& text) {
   return address;
 }
 
-}  // namespace reducer::transport::sim
+}  // namespace reducer::transport
