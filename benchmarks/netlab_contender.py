@@ -1,0 +1,182 @@
+"""A contender: its standalone reducers and its workers, from start to end, every wait with a deadline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from netlab_cluster import INTERFACE, Cluster, NetlabError, entering
+from netlab_worker import Turn, TurnResult, Worker, WorkerFailure, WorkerPlan
+
+START_SECONDS_MAX = 60.0
+_STOP_SECONDS_MAX = 5.0
+CONTENDERS = ("gloo", "ring", "direct", "server", "mixed")
+
+
+@dataclass
+class Reducer:
+    """A standalone reducer's process and the address that it printed."""
+
+    process: subprocess.Popen[str]
+    address: str
+
+
+@dataclass
+class Contender:
+    """One way to all-reduce, with all its processes. Not thread-safe."""
+
+    name: str
+    cluster: Cluster
+    workers: list[Worker] = field(default_factory=list)
+    reducers: list[Reducer] = field(default_factory=list)
+    failure: str | None = None
+
+    def __post_init__(self) -> None:
+        self._store = Path(tempfile.mkdtemp(prefix=f"rnetlab-{self.name}-")) / "store"
+
+    def start_reducers(self, binary: Path, labels: Sequence[str], threads: int) -> None:
+        """Starts a standalone reducer on each host of `labels`. NetlabError if one does not come up."""
+        for label in labels:
+            address = self.cluster.address(label)
+            command = [str(binary), "--listen", f"{address}:0", "--threads", str(threads)]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                preexec_fn=entering(self.cluster.namespace(label)),
+            )
+            self.reducers.append(Reducer(process, address))
+        deadline = time.monotonic() + START_SECONDS_MAX
+        for reducer in self.reducers:
+            reducer.address = _ready_address(reducer.process, deadline)
+
+    def start_workers(self, labels: Sequence[str], backend: str, extra: dict[str, str]) -> None:
+        """Forks a worker into each host of `labels` and waits until their group exists."""
+        environment = {"GLOO_SOCKET_IFNAME": INTERFACE, "REDUCER_INTERFACE": INTERFACE, **extra}
+        if backend == "reducer":
+            environment["REDUCER_ALGORITHM"] = self.name
+        environment["REDUCER_SERVERS"] = ",".join(reducer.address for reducer in self.reducers)
+        for rank, label in enumerate(labels):
+            plan = WorkerPlan(
+                backend=backend,
+                rank=rank,
+                world_size=len(labels),
+                store=str(self._store),
+                namespace=self.cluster.namespace(label),
+                timeout=timedelta(seconds=START_SECONDS_MAX),
+                environment=environment,
+            )
+            self.workers.append(Worker(plan))
+        self._gather("start", START_SECONDS_MAX + 5)
+
+    def run(self, turn: Turn, seconds_max: float) -> tuple[list[float], int]:
+        """Runs one turn: seconds of each all-reduce (the slowest rank's), and the wrong results."""
+        self._tell(turn)
+        self._gather("prepare", seconds_max)
+        self._tell("go")
+        results: list[TurnResult] = self._gather("all-reduce", seconds_max)
+        slowest = [max(each) for each in zip(*(result.seconds for result in results), strict=True)]
+        return slowest, sum(result.wrong for result in results)
+
+    def _tell(self, message: object) -> None:
+        for worker in self.workers:
+            try:
+                worker.connection.send(message)
+            except OSError as error:
+                raise NetlabError(f"{self.name}: rank {worker.plan.rank} is gone") from error
+
+    def _gather(self, what: str, seconds_max: float) -> list[Any]:
+        """One answer of every worker, by rank. The first failure, or the deadline, is a NetlabError."""
+        deadline = time.monotonic() + seconds_max
+        answers: dict[int, Any] = {}
+        waiting = {worker.connection: worker.plan.rank for worker in self.workers}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
+                raise NetlabError(
+                    f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s"
+                )
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                try:
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                except (EOFError, OSError) as error:
+                    raise NetlabError(f"{self.name}: rank {rank} died during `{what}`") from error
+                if isinstance(answers[rank], WorkerFailure):
+                    raise NetlabError(f"{self.name}: rank {rank}: {answers[rank].message}")
+        return [answers[rank] for rank in sorted(answers)]
+
+    def stop(self) -> None:
+        """Ends all its processes, gently where nothing has failed, and removes its files."""
+        if self.failure is None and self.workers:
+            try:
+                self._tell(None)
+                self._gather("stop", _STOP_SECONDS_MAX)
+            except NetlabError:
+                pass
+        for worker in self.workers:
+            worker.connection.close()
+            _end_child(worker.pid)
+        self.workers.clear()
+        for reducer in self.reducers:
+            _end_process(reducer.process)
+        self.reducers.clear()
+        self._store.unlink(missing_ok=True)
+        if self._store.parent.exists():
+            self._store.parent.rmdir()
+
+
+def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
+    """The address in the reducer's line "reducer ready on HOST:PORT (...)"."""
+    assert process.stdout is not None
+    left = max(0.0, deadline - time.monotonic())
+    if not wait([process.stdout], timeout=left):
+        raise NetlabError("a reducer did not say within the deadline that it is ready")
+    line = process.stdout.readline()
+    words = line.split()
+    if words[:3] != ["reducer", "ready", "on"] or len(words) < 4:
+        raise NetlabError(f"a reducer did not start: it said {line.strip()!r}")
+    return words[3]
+
+
+def _end_child(pid: int) -> None:
+    """Kills a forked worker unless it has ended, and reaps it."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _end_process(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_STOP_SECONDS_MAX)
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def stop_all(contenders: Sequence[Contender], note: Callable[[str], None]) -> None:
+    """Stops every contender; what goes wrong with one is noted and does not spare the others."""
+    for contender in contenders:
+        try:
+            contender.stop()
+        except OSError as error:
+            note(f"{contender.name}: {error}")

@@ -1,0 +1,147 @@
+"""One rank of one contender: a process forked from the warm parent into its emulated host.
+
+The parent tells it over a socket pair what to run; between two commands it waits there, so that only
+one contender is ever at work. Commands and answers are pickled by multiprocessing's Connection.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe
+
+import torch
+import torch.distributed as dist
+
+from netlab_cluster import die_with_parent, enter_namespace
+
+# A lead-in of at most this many bytes wakes the connections up before anything is timed.
+_LEAD_IN_BYTES_MAX = 1 << 20
+# Values stay below this, so that every sum of a few dozen ranks is exact in float32.
+_VALUES = 61
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What a worker must know before it starts."""
+
+    backend: str
+    rank: int
+    world_size: int
+    store: str
+    namespace: str
+    timeout: timedelta
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`count` all-reduces, one after the other, of float32 tensors of `nbytes` each."""
+
+    nbytes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """Seconds of each all-reduce of a turn on one rank, and how many results were wrong."""
+
+    seconds: list[float]
+    wrong: int
+
+
+class Worker:
+    """The parent's handle on a forked worker. Not thread-safe."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        """Forks the worker. The caller must be single-threaded, as torch's import leaves it."""
+        self.plan = plan
+        ours, theirs = Pipe(duplex=True)
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                ours.close()
+                code = _worker(plan, theirs)
+            finally:
+                # A forked child must not run the parent's clean-up.
+                os._exit(code)
+        theirs.close()
+        self.connection: Connection = ours
+
+
+def _worker(plan: WorkerPlan, connection: Connection) -> int:
+    try:
+        die_with_parent()
+        _forget_signals()
+        enter_namespace(plan.namespace)
+        os.environ.update(plan.environment)
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            plan.backend,
+            init_method=f"file://{plan.store}",
+            rank=plan.rank,
+            world_size=plan.world_size,
+            timeout=plan.timeout,
+        )
+        connection.send("ready")
+        _serve(plan, connection)
+        dist.destroy_process_group()
+        connection.send("done")
+    except (EOFError, BrokenPipeError):
+        return 1
+    except BaseException as error:
+        connection.send(WorkerFailure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        return 1
+    return 0
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Why a worker ended early: one sentence, and the traceback for the curious."""
+
+    message: str
+    traceback: str
+
+
+def _forget_signals() -> None:
+    import signal
+
+    # Ctrl-C reaches the whole terminal; only the parent answers it, and then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _serve(plan: WorkerPlan, connection: Connection) -> None:
+    while True:
+        turn = connection.recv()
+        if turn is None:
+            return
+        _run_turn(plan, turn, connection)
+
+
+def _run_turn(plan: WorkerPlan, turn: Turn, connection: Connection) -> None:
+    count = max(1, turn.nbytes // 4)
+    base = torch.arange(count, dtype=torch.float32).remainder_(_VALUES)
+    tensors = [base + float(plan.rank + i) for i in range(turn.count)]
+    lead_in = torch.ones(min(count, _LEAD_IN_BYTES_MAX // 4))
+    connection.send("prepared")
+    connection.recv()
+
+    seconds = []
+    # It also brings all ranks to the same point, whenever the scheduler woke each of them up.
+    dist.all_reduce(lead_in)
+    for tensor in tensors:
+        begin = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - begin)
+
+    ranks = plan.world_size
+    wrong = int(not bool((lead_in == ranks).all()))
+    for i, tensor in enumerate(tensors):
+        expected = base * ranks + float(ranks * (ranks - 1) // 2 + ranks * i)
+        wrong += int(not torch.equal(tensor, expected))
+    connection.send(TurnResult(seconds, wrong))

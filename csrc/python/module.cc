@@ -1,0 +1,153 @@
+// The Python module `reducer._core`: settings, addresses and kernels; no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "collective/settings.h"
+#include "common/limits.h"
+#include "common/types.h"
+#include "kernels/reduce.h"
+#include "runtime/runtime.h"
+
+namespace py = pybind11;
+
+namespace reducer {
+namespace {
+
+/// Raises the exception of reducer.errors that stands for a Status.
+[[noreturn]] void raise(const Status& status) {
+  const py::object error =
+      py::module_::import("reducer.errors").attr("from_code")(static_cast<int>(status.code()), status.message());
+  PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
+  throw py::error_already_set();
+}
+
+template <class T>
+T valueOf(Result<T> result) {
+  if (!result.ok()) raise(result.status());
+  return std::move(result).value();
+}
+
+template <class Call>
+auto withoutGil(Call call) {
+  const py::gil_scoped_release without_gil;
+  return call();
+}
+
+DataType dataTypeNamed(const std::string& name) {
+  std::string known;
+  for (int number = 1; sizeOf(static_cast<DataType>(number)) > 0; ++number) {
+    const auto dtype = static_cast<DataType>(number);
+    if (nameOf(dtype) == name) return dtype;
+    known += (known.empty() ? "" : ", ") + std::string(nameOf(dtype));
+  }
+  throw py::type_error("'" + name + "' is no dtype; there are " + known);
+}
+
+ReduceOp opNamed(const std::string& name) {
+  std::string known;
+  for (int number = 1; nameOf(static_cast<ReduceOp>(number)) != "?"; ++number) {
+    const auto op = static_cast<ReduceOp>(number);
+    if (nameOf(op) == name) return op;
+    known += (known.empty() ? "" : ", ") + std::string(nameOf(op));
+  }
+  throw py::value_error("'" + name + "' is no operation; there are " + known);
+}
+
+/// A contiguous buffer of Python's, held while this lives.
+class BufferView {
+ public:
+  BufferView(const py::handle& object, bool writable, const std::string& name) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
+      PyErr_Clear();
+      throw py::type_error(name + " must be a contiguous" + (writable ? ", writable" : "") + " buffer");
+    }
+  }
+  ~BufferView() { PyBuffer_Release(&view_); }
+  BufferView(const BufferView&) = delete;
+  BufferView& operator=(const BufferView&) = delete;
+
+  std::byte* data() const { return static_cast<std::byte*>(view_.buf); }
+  std::size_t nbytes() const { return static_cast<std::size_t>(view_.len); }
+  bool overlaps(const BufferView& other) const {
+    return nbytes() > 0 && other.nbytes() > 0 && data() < other.data() + other.nbytes() &&
+           other.data() < data() + nbytes();
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+void reduce(const std::string& dtype_name, const std::string& op_name, const std::vector<py::object>& inputs,
+            const py::object& out) {
+  const DataType dtype = dataTypeNamed(dtype_name);
+  const ReduceOp op = opNamed(op_name);
+  if (!supports(op, dtype)) throw py::type_error(op_name + " has no meaning on " + dtype_name);
+  if (inputs.empty()) throw py::value_error("inputs is empty; at least one buffer is needed");
+  const BufferView result(out, true, "out");
+  if (result.nbytes() % sizeOf(dtype) != 0) {
+    throw py::value_error("out has " + std::to_string(result.nbytes()) + " bytes, no whole number of " + dtype_name);
+  }
+  std::vector<std::unique_ptr<BufferView>> views;
+  std::vector<Payload> payloads;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::string name = "inputs[" + std::to_string(i) + "]";
+    views.push_back(std::make_unique<BufferView>(inputs[i], false, name));
+    const BufferView& view = *views.back();
+    if (view.nbytes() != result.nbytes()) {
+      throw py::value_error(name + " has " + std::to_string(view.nbytes()) + " bytes, out has " +
+                            std::to_string(result.nbytes()));
+    }
+    if (view.overlaps(result)) throw py::value_error(name + " overlaps out");
+    payloads.emplace_back(Bytes(view.data(), view.nbytes()), nullptr);
+  }
+  withoutGil([&] { kernels::reduce(dtype, op, payloads, result.data(), result.nbytes() / sizeOf(dtype)); });
+}
+
+}  // namespace
+}  // namespace reducer
+
+PYBIND11_MODULE(_core, m) {
+  using namespace reducer;  // NOLINT(google-build-using-namespace): the module is its interface
+  m.doc() = "The part of reducer that needs no torch: settings, addresses, kernels.";
+  m.attr("version") = REDUCER_VERSION;
+  m.attr("torch_version") = REDUCER_TORCH_VERSION;
+  m.attr("protocol_version") = kProtocolVersion;
+  m.attr("min_chunk_bytes") = kMinChunkBytes;
+  m.attr("max_chunk_bytes") = kMaxChunkBytes;
+
+  m.def("parse_size", [](const std::string& text) { return valueOf(collective::parseSize(text)); }, py::arg("text"));
+  m.def("parse_servers", [](const std::string& text) { return valueOf(collective::parseServers(text)); },
+        py::arg("text"));
+  m.def("parse_algorithm",
+        [](const std::string& text) {
+          return std::string(collective::nameOf(valueOf(collective::parseAlgorithm(text))));
+        },
+        py::arg("text"));
+
+  m.def("host_label", &runtime::hostLabel);
+  m.def("choose_bind_host",
+        [](const std::string& interface, const std::string& peer_host) {
+          return valueOf(withoutGil([&] { return runtime::chooseBindHost(interface, peer_host); }));
+        },
+        py::arg("interface"), py::arg("peer_host"));
+  m.def("resolve_servers",
+        [](const std::vector<std::string>& servers) {
+          return valueOf(withoutGil([&] { return runtime::resolveServers(servers); }));
+        },
+        py::arg("servers"));
+
+  m.def("reduce", &reduce, py::arg("dtype"), py::arg("op"), py::arg("inputs"), py::arg("out"));
+  m.def("instruction_sets", &kernels::instructionSets);
+  m.def("pin_instruction_set",
+        [](const std::string& name) {
+          if (!kernels::pinInstructionSet(name)) {
+            throw py::value_error("'" + name + "' is no instruction set of this machine; see instruction_sets()");
+          }
+        },
+        py::arg("name"));
+}

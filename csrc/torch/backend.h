@@ -1,0 +1,150 @@
+// torch.distributed's view of a group: the collectives that c10d calls, on tensors.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "collective/group.h"
+#include "runtime/runtime.h"
+#include "torch/arguments.h"
+#include "torch/buffers.h"
+#include "torch/completion_thread.h"
+
+namespace reducer::torch_backend {
+
+using Tensors = std::vector<at::Tensor>;
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+using Milliseconds = std::chrono::milliseconds;
+
+/// A c10d::Backend over a collective::Group.
+///
+/// Every collective checks its arguments (errors are raised by the call), queues the operation and returns its Work, which ends with
+/// a DistBackendError if the operation fails. Thread safety: any thread; calls of one group are ordered as they get
+/// through. No method needs the GIL; those that join threads release it if the caller holds it. In a forked child every call
+/// raises an error, and the destructor leaves everything alone.
+class ReducerBackend final : public c10d::Backend {
+ public:
+  /// Joins the group. The error is what Group::create() says.
+  static Result<c10::intrusive_ptr<ReducerBackend>> create(collective::GroupConfig config,
+                                                           std::shared_ptr<runtime::Runtime> runtime,
+                                                           Milliseconds timeout, std::vector<std::uint64_t> ranks);
+  ReducerBackend(const collective::GroupConfig& config, std::shared_ptr<runtime::Runtime> runtime,
+                 std::shared_ptr<collective::Group> group, Milliseconds timeout, std::vector<std::uint64_t> ranks);
+  ~ReducerBackend() override;
+
+  /// Leaves every group of this process: for the end of the interpreter, after which no callback could run.
+  static void shutdownAll();
+
+  const std::string getBackendName() const override { return "reducer"; }
+  c10::intrusive_ptr<Options> getBackendOptions() override;
+  void setTimeout(Milliseconds timeout) override { timeout_ms_ = timeout.count(); }
+  void setSequenceNumberForGroup() override {}  // numbers begin with 0 on every rank
+  std::uint64_t getSequenceNumberForGroup() override;
+  c10d::ErrorType getError() override { return *error_type_; }
+
+  /// Fails what is under way and all later calls; the group can then be destroyed and made again.
+  void abort() override;
+  /// Leaves the group in good order.
+  void shutdown() override;
+
+  WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;
+  WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override;
+  WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& options) override;
+  WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override;
+  WorkPtr barrier(const c10d::BarrierOptions& options) override;
+  void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override;
+  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override;
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override;
+  WorkPtr allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
+                              const c10d::AllgatherOptions& options) override;
+  WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
+                                          const c10d::AllgatherOptions& options) override;
+  WorkPtr reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                         const c10d::ReduceScatterOptions& options) override;
+  WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                               const c10d::ReduceScatterOptions& options) override;
+  WorkPtr reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
+                                          const c10d::ReduceScatterOptions& options) override;
+  WorkPtr gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) override;
+  WorkPtr scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& options) override;
+  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<std::int64_t>& output_splits,
+                        std::vector<std::int64_t>& input_splits, const c10d::AllToAllOptions& options) override;
+  WorkPtr alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) override;
+  WorkPtr send(Tensors& tensors, int to, int tag) override;
+  WorkPtr recv(Tensors& tensors, int from, int tag) override;
+  WorkPtr recvAnysource(Tensors& tensors, int tag) override;
+
+  /// What the group has moved so far, and how. After shutdown() these raise.
+  collective::GroupCounters counters() { return session()->group->counters(); }
+  collective::Algorithm algorithm() { return session()->group->algorithm(); }
+
+ private:
+  /// What ends with shutdown(). The group must go before the runtime.
+  struct Session {
+    ~Session();
+    std::shared_ptr<runtime::Runtime> runtime;
+    std::shared_ptr<collective::Group> group;
+  };
+  /// A call, apart from its memory.
+  struct Call {
+    c10d::OpType type;
+    const char* title;  ///< "reducer:all_reduce"
+    Milliseconds timeout;
+    Tensors inputs = {};   ///< for the profiler
+    Tensors outputs = {};  ///< for result() and the Future
+    int source = -1;
+  };
+  /// One operation of the group: the arguments that it takes, in the order of ranks where there are several. A call has
+  /// one part, a coalesced call one for each tensor.
+  struct Part {
+    DataType dtype = DataType::kUInt8;
+    ReduceOp op = ReduceOp::kNone;
+    std::size_t count = 0;
+    const void* in = nullptr;
+    void* out = nullptr;
+    std::vector<const void*> ins;
+    std::vector<void*> outs;
+    std::vector<std::size_t> in_counts;
+    std::vector<std::size_t> out_counts;
+  };
+  using Start = std::function<void(collective::Group&, const Part&, collective::CallOptions, collective::Done)>;
+
+  /// Starts every part of a call, whose memory is in `buffers`, and returns its Work.
+  WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, const std::vector<Part>& parts, const Start& start);
+  WorkPtr launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op);
+  /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for all.
+  WorkPtr launchAllGather(Call call, const std::vector<Tensors>& outputs, const Tensors& inputs, bool lists);
+  /// inputs[i] are what goes into the ranks' outputs[i]: a list of tensors by rank, or one tensor for all.
+  WorkPtr launchReduceScatter(Call call, const Tensors& outputs, const std::vector<Tensors>& inputs, bool lists,
+                              const c10d::ReduceOp& op);
+
+  Arguments arguments(const Call& call) const;
+  Milliseconds timeoutOr(Milliseconds asked) const;
+  std::shared_ptr<Session> session();
+  void leave();
+  bool forked() const;
+
+  const std::string who_;  // "[rank R, group NAME]"
+  const std::string name_;
+  const std::vector<std::uint64_t> global_ranks_;
+  const pid_t pid_;
+  std::atomic<std::int64_t> timeout_ms_;
+  /// Shared with the operations, whose ends may come after this object's.
+  const std::shared_ptr<std::atomic<c10d::ErrorType>> error_type_ =
+      std::make_shared<std::atomic<c10d::ErrorType>>(c10d::ErrorType::SUCCESS);
+  std::shared_ptr<CompletionThread> completions_;
+  std::mutex mutex_;
+  std::shared_ptr<Session> session_;  // null after shutdown()
+};
+
+}  // namespace reducer::torch_backend

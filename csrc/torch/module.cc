@@ -1,0 +1,113 @@
+// The Python module `reducer._torch`.
+#include <torch/csrc/utils/pybind.h>
+
+#include <pybind11/chrono.h>
+
+#include <map>
+#include <optional>
+#include <utility>
+
+#include "torch/backend.h"
+
+namespace reducer::torch_backend {
+namespace {
+
+/// Raises the exception of reducer.errors that stands for a Status.
+[[noreturn]] void raise(const Status& status, const std::string& before = "") {
+  const py::object error = py::module_::import("reducer.errors")
+                               .attr("from_code")(static_cast<int>(status.code()), before + status.message());
+  PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
+  throw py::error_already_set();
+}
+
+/// A hold on the process' runtime that Python may drop: the threads are joined without the GIL.
+class RuntimeHold {
+ public:
+  explicit RuntimeHold(const std::string& bind_host) {
+    runtime::RuntimeOptions options;
+    options.bind_host = bind_host;
+    Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
+      const py::gil_scoped_release without_gil;
+      return runtime::Runtime::acquire(options);
+    }();
+    if (!runtime.ok()) raise(runtime.status());
+    runtime_ = std::move(runtime).value();
+  }
+  ~RuntimeHold() {
+    const py::gil_scoped_release without_gil;
+    runtime_.reset();
+  }
+  RuntimeHold(const RuntimeHold&) = delete;
+  RuntimeHold& operator=(const RuntimeHold&) = delete;
+
+  std::string address() const { return runtime_->address(); }
+  const std::shared_ptr<runtime::Runtime>& runtime() const { return runtime_; }
+
+ private:
+  std::shared_ptr<runtime::Runtime> runtime_;
+};
+
+c10::intrusive_ptr<ReducerBackend> makeBackend(const RuntimeHold& hold, const py::bytes& job, const std::string& name,
+                                               int rank, int world_size, std::vector<std::string> workers,
+                                               std::vector<std::string> servers, const std::string& algorithm,
+                                               std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
+                                               Milliseconds connect_timeout, Milliseconds timeout,
+                                               std::vector<std::uint64_t> global_ranks) {
+  collective::GroupConfig config;
+  config.job = job;
+  config.name = name;
+  config.rank = rank;
+  config.world_size = world_size;
+  config.workers = std::move(workers);
+  config.servers = std::move(servers);
+  config.host = runtime::hostLabel();
+  Result<collective::Algorithm> parsed = collective::parseAlgorithm(algorithm);
+  if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
+  config.settings.algorithm = parsed.value();
+  config.settings.chunk_bytes = chunk_bytes;
+  config.settings.window_bytes = window_bytes;
+  config.settings.checksum = checksum;
+  config.settings.connect_timeout = connect_timeout;
+  Result<c10::intrusive_ptr<ReducerBackend>> backend = [&] {
+    const py::gil_scoped_release without_gil;
+    return ReducerBackend::create(std::move(config), hold.runtime(), timeout, std::move(global_ranks));
+  }();
+  if (!backend.ok()) raise(backend.status());
+  return std::move(backend).value();
+}
+
+std::map<std::string, std::uint64_t> countersOf(ReducerBackend& backend) {
+  const collective::GroupCounters counters = backend.counters();
+  return {{"operations", counters.operations},
+          {"pushed_bytes", counters.pushed_bytes},
+          {"pulled_bytes", counters.pulled_bytes},
+          {"outstanding_bytes_max", counters.outstanding_bytes_max},
+          {"window_bytes", counters.window_bytes}};
+}
+
+}  // namespace
+}  // namespace reducer::torch_backend
+
+PYBIND11_MODULE(_torch, m) {
+  using namespace reducer::torch_backend;  // NOLINT(google-build-using-namespace): the module is its interface
+  m.doc() = "torch.distributed's view of the collectives. Made for one minor version of torch.";
+  py::module_::import("torch.distributed");  // the base class
+
+  py::class_<RuntimeHold>(m, "Runtime")
+      .def(py::init<const std::string&>(), py::arg("bind_host"))
+      .def_property_readonly("address", &RuntimeHold::address);
+
+  py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
+      .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"), py::arg("name"),
+           py::arg("rank"), py::arg("world_size"), py::arg("workers"), py::arg("servers"), py::arg("algorithm"),
+           py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
+           py::arg("timeout"), py::arg("global_ranks"))
+      .def_property_readonly("options", &ReducerBackend::getBackendOptions)
+      .def_property_readonly("algorithm",
+                             [](ReducerBackend& backend) {
+                               return std::string(reducer::collective::nameOf(backend.algorithm()));
+                             })
+      .def("counters", &countersOf);
+
+  m.def("shutdown_all", &ReducerBackend::shutdownAll);
+}

@@ -1,0 +1,186 @@
+"""Settings of a group: from ``reducer.Options``, and from the environment where an option is not set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from reducer import _core
+from reducer.errors import InvalidArgumentError
+
+TRANSPORTS = ("auto", "grpc")
+LOG_LEVELS = ("off", "error", "warning", "info", "debug")
+_SWITCHES = {"1": True, "true": True, "on": True, "yes": True}
+_SWITCHES |= {"0": False, "false": False, "off": False, "no": False}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The ``pg_options`` of ``init_process_group`` and ``new_group``.
+
+    What is None comes from the environment variable ``REDUCER_<NAME IN CAPITALS>``, and if that is unset too, from the default.
+
+    servers: addresses of the standalone reducers, "host:port,host:port" or a list; a name with several addresses counts as
+        several. Default: none.
+    algorithm: "auto", "direct", "server", "mixed" or "ring". Default: "auto" ("mixed" with servers, else "direct").
+    transport: "auto" or "grpc". Default: "auto".
+    chunk_bytes: the largest chunk, 4096 or "4KiB" to "16MiB". Default: chosen from the number of owners.
+    window_bytes: the most bytes that a worker has under way, 2097152 or "2MiB". Default: chosen by the library.
+    interface: name or address of the interface on which other workers reach this one. Default: the one with the route to the
+        store's host.
+    connect_timeout: how long to wait for a reducer that does not answer; seconds or a timedelta. Default: 60.
+    checksum: whether payloads carry a CRC32C. Default: False.
+    log: "off", "error", "warning", "info" or "debug". Default: "warning".
+    """
+
+    servers: str | Sequence[str] | None = None
+    algorithm: str | None = None
+    transport: str | None = None
+    chunk_bytes: int | str | None = None
+    window_bytes: int | str | None = None
+    interface: str | None = None
+    connect_timeout: float | str | timedelta | None = None
+    checksum: bool | str | None = None
+    log: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options as they were read: every one has a value. 0 bytes: the library chooses."""
+
+    servers: tuple[str, ...] = ()
+    algorithm: str = "auto"
+    transport: str = "auto"
+    chunk_bytes: int = 0
+    window_bytes: int = 0
+    interface: str = ""
+    connect_timeout: timedelta = timedelta(seconds=60)
+    checksum: bool = False
+    log: str = "warning"
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Those that must be equal on all ranks, as text, by the names of their variables."""
+        return {
+            "REDUCER_SERVERS": ",".join(self.servers),
+            "REDUCER_ALGORITHM": self.algorithm,
+            "REDUCER_TRANSPORT": self.transport,
+            "REDUCER_CHUNK_BYTES": str(self.chunk_bytes),
+            "REDUCER_WINDOW_BYTES": str(self.window_bytes),
+            "REDUCER_CHECKSUM": "on" if self.checksum else "off",
+        }
+
+
+def _read_servers(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(_core.parse_servers(value))
+    if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
+        return tuple(_core.parse_servers(",".join(value)))
+    raise InvalidArgumentError(f"{value!r} is neither text nor a list of texts; write host:port,host:port")
+
+
+def _read_size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InvalidArgumentError(f"{value!r} is no size; write bytes or a unit, as in 65536, 64KiB, 4MiB")
+    if isinstance(value, int):
+        if value < 0:
+            raise InvalidArgumentError(f"{value} is negative")
+        return value
+    return _core.parse_size(value)
+
+
+def _read_chunk(value: Any) -> int:
+    nbytes = _read_size(value)
+    if nbytes != 0 and not _core.min_chunk_bytes <= nbytes <= _core.max_chunk_bytes:
+        raise InvalidArgumentError(f"{value} is outside of 4KiB to 16MiB")
+    return nbytes
+
+
+def _read_seconds(value: Any) -> timedelta:
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    else:
+        try:
+            seconds = float(value)
+        except (TypeError, ValueError):
+            seconds = -1.0
+    if not 0 < seconds <= 86_400:
+        raise InvalidArgumentError(f"{value!r} is no number of seconds from 0 to 86400; write 60 or 2.5")
+    return timedelta(seconds=seconds)
+
+
+def _read_switch(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = _SWITCHES.get(str(value).strip().lower())
+    if known is None:
+        raise InvalidArgumentError(f"{value!r} is neither on nor off; write 1 or 0")
+    return known
+
+
+def _read_algorithm(value: Any) -> str:
+    return _core.parse_algorithm(str(value))
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        text = str(value).strip().lower()
+        if text not in known:
+            raise InvalidArgumentError(f"{value!r} is not among {', '.join(known)}")
+        return text
+
+    return read
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{value!r} is no text")
+    return value.strip()
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "servers": _read_servers,
+    "algorithm": _read_algorithm,
+    "transport": _one_of(TRANSPORTS),
+    "chunk_bytes": _read_chunk,
+    "window_bytes": _read_size,
+    "interface": _read_text,
+    "connect_timeout": _read_seconds,
+    "checksum": _read_switch,
+    "log": _one_of(LOG_LEVELS),
+}
+
+
+def resolve(options: Options | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Reads all settings. Raises InvalidArgumentError (a ValueError) that names the option or the variable."""
+    if options is not None and not isinstance(options, Options):
+        raise InvalidArgumentError(
+            f"pg_options is a {type(options).__name__}; the backend 'reducer' takes reducer.Options"
+        )
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for field in fields(Options):
+        variable = f"REDUCER_{field.name.upper()}"
+        given = getattr(options, field.name) if options is not None else None
+        source = f"reducer.Options({field.name})"
+        if given is None:
+            # An empty variable is as good as none.
+            given, source = environ.get(variable, "").strip() or None, variable
+        if given is None:
+            continue
+        try:
+            values[field.name] = _READERS[field.name](given)
+        except ValueError as error:
+            raise InvalidArgumentError(f"{source}: {error}") from None
+    settings = Settings(**values)
+    if settings.algorithm == "server" and not settings.servers:
+        raise InvalidArgumentError(
+            "REDUCER_ALGORITHM: 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
+            "`reducer serve` and name them there, or use 'direct'"
+        )
+    return settings

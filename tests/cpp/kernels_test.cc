@@ -1,0 +1,254 @@
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "kernels/half.h"
+#include "kernels/reduce.h"
+
+namespace reducer::kernels {
+namespace {
+
+constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat64, DataType::kFloat16, DataType::kBFloat16,
+                               DataType::kInt8,    DataType::kInt16,   DataType::kInt32,   DataType::kInt64,
+                               DataType::kUInt8,   DataType::kBool,    DataType::kComplex64, DataType::kComplex128};
+constexpr ReduceOp kOps[] = {ReduceOp::kSum,    ReduceOp::kProduct, ReduceOp::kMin,    ReduceOp::kMax,
+                             ReduceOp::kBitAnd, ReduceOp::kBitOr,   ReduceOp::kBitXor, ReduceOp::kAvg};
+
+/// Bytes in random pieces, each at a random place of a buffer of its own (so ASan sees every step beyond it).
+Payload inPieces(const std::vector<std::byte>& bytes, std::mt19937& random, std::size_t piece_max) {
+  auto owner = std::make_shared<std::vector<std::vector<std::byte>>>();
+  std::vector<Bytes> pieces;
+  for (std::size_t at = 0; at < bytes.size();) {
+    const std::size_t size = std::min(bytes.size() - at, std::size_t{1} + random() % piece_max);
+    const std::size_t shift = random() % 8;
+    std::vector<std::byte> buffer(shift + size);
+    std::memcpy(buffer.data() + shift, bytes.data() + at, size);
+    owner->push_back(std::move(buffer));
+    pieces.emplace_back(owner->back().data() + shift, size);
+    at += size;
+  }
+  return {std::move(pieces), owner};
+}
+
+/// Values that are ordinary numbers of the type (any bits for integers), plus a few special ones for floats.
+std::vector<std::byte> randomValues(DataType dtype, std::size_t count, std::mt19937& random, bool specials) {
+  std::vector<std::byte> bytes(count * sizeOf(dtype));
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  std::normal_distribution<double> normal;
+  const auto number = [&]() -> double {
+    if (specials && random() % 16 == 0) {
+      const double values[] = {0.0, -0.0, INFINITY, -INFINITY, 1e-40, 65504.0, 3e38, -1e-7, NAN};
+      return values[random() % 9];
+    }
+    return normal(random) * std::pow(10.0, static_cast<int>(random() % 7) - 3);
+  };
+  const auto put = [&](std::size_t i, auto value) { std::memcpy(bytes.data() + i * sizeof(value), &value, sizeof(value)); };
+  for (std::size_t i = 0; i < count; ++i) {
+    switch (dtype) {
+      case DataType::kFloat32:
+        put(i, static_cast<float>(number()));
+        break;
+      case DataType::kFloat64:
+        put(i, number());
+        break;
+      case DataType::kFloat16:
+        put(i, toFloat16(static_cast<float>(number())));
+        break;
+      case DataType::kBFloat16:
+        put(i, toBFloat16(static_cast<float>(number())));
+        break;
+      case DataType::kComplex64:
+        put(2 * i, static_cast<float>(normal(random)));
+        put(2 * i + 1, static_cast<float>(normal(random)));
+        break;
+      case DataType::kComplex128:
+        put(2 * i, normal(random));
+        put(2 * i + 1, normal(random));
+        break;
+      default:
+        break;
+    }
+  }
+  return bytes;
+}
+
+/// All NaNs alike: their payloads may differ between a scalar and a vector instruction.
+void canonizeNans(DataType dtype, std::vector<std::byte>& bytes) {
+  const auto each = [&]<class T>(T, auto is_nan, T nan) {
+    for (std::size_t i = 0; i + sizeof(T) <= bytes.size(); i += sizeof(T)) {
+      T value;
+      std::memcpy(&value, bytes.data() + i, sizeof(T));
+      if (is_nan(value)) std::memcpy(bytes.data() + i, &nan, sizeof(T));
+    }
+  };
+  if (dtype == DataType::kFloat32 || dtype == DataType::kComplex64) {
+    each(float{}, [](float v) { return std::isnan(v); }, std::numeric_limits<float>::quiet_NaN());
+  } else if (dtype == DataType::kFloat64 || dtype == DataType::kComplex128) {
+    each(double{}, [](double v) { return std::isnan(v); }, std::numeric_limits<double>::quiet_NaN());
+  } else if (dtype == DataType::kFloat16) {
+    each(std::uint16_t{}, [](std::uint16_t v) { return (v & 0x7FFF) > 0x7C00; }, std::uint16_t{0x7E00});
+  } else if (dtype == DataType::kBFloat16) {
+    each(std::uint16_t{}, [](std::uint16_t v) { return (v & 0x7FFF) > 0x7F80; }, std::uint16_t{0x7FC0});
+  }
+}
+
+class EveryInstructionSet : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { ASSERT_TRUE(pinInstructionSet(GetParam())); }
+  void TearDown() override { ASSERT_TRUE(pinInstructionSet("")); }
+};
+
+TEST_P(EveryInstructionSet, HasTheBitsOfTheScalarReference) {
+  std::mt19937 random(1);
+  int cases = 0;
+  for (const DataType dtype : kTypes) {
+    for (const ReduceOp op : kOps) {
+      if (!supports(op, dtype)) continue;
+      for (const std::size_t inputs : {1u, 2u, 3u, 8u}) {
+        for (const std::size_t count : {0u, 1u, 3u, 17u, 64u, 1000u, 4099u}) {
+          for (const std::size_t piece_max : {std::size_t{7}, std::size_t{1} << 20}) {
+            if (piece_max == 7 && count > 1000) continue;
+            std::vector<Payload> payloads;
+            for (std::size_t r = 0; r < inputs; ++r) {
+              payloads.push_back(inPieces(randomValues(dtype, count, random, true), random, piece_max));
+            }
+            const std::size_t shift = random() % 4;
+            std::vector<std::byte> got(shift + count * sizeOf(dtype));
+            reduce(dtype, op, payloads, got.data() + shift, count);
+            got.erase(got.begin(), got.begin() + static_cast<std::ptrdiff_t>(shift));
+            std::vector<std::byte> expected(count * sizeOf(dtype));
+            reduceScalar(dtype, op, payloads, expected.data(), count);
+            canonizeNans(dtype, got);
+            canonizeNans(dtype, expected);
+            ASSERT_EQ(got, expected) << nameOf(op) << " of " << inputs << " x " << count << " " << nameOf(dtype);
+            ++cases;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(cases, 3000);
+}
+
+TEST_P(EveryInstructionSet, AccumulateAndDivideAreTheSameArithmetic) {
+  std::mt19937 random(2);
+  for (const DataType dtype : kTypes) {
+    for (const ReduceOp op : kOps) {
+      if (!supports(op, dtype)) continue;
+      const std::size_t count = 1003;
+      const std::vector<std::byte> a = randomValues(dtype, count, random, false);
+      const std::vector<std::byte> b = randomValues(dtype, count, random, false);
+      const std::vector<Payload> both{inPieces(a, random, 1 << 20), inPieces(b, random, 13)};
+      std::vector<std::byte> expected(a.size());
+      const bool halves = dtype == DataType::kFloat16 || dtype == DataType::kBFloat16;
+      if (op == ReduceOp::kAvg && halves) continue;  // rounded once more by the ring's way
+      reduceScalar(dtype, op, both, expected.data(), count);
+      std::vector<std::byte> got = a;
+      accumulate(dtype, op, got.data(), both[1], count);
+      if (op == ReduceOp::kAvg) divide(dtype, got.data(), count, 2);
+      canonizeNans(dtype, got);
+      canonizeNans(dtype, expected);
+      ASSERT_EQ(got, expected) << nameOf(op) << " " << nameOf(dtype);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, EveryInstructionSet, testing::ValuesIn(instructionSets()),
+                         [](const auto& param) { return param.param; });
+
+template <class T>
+Payload of(const std::vector<T>& values) {
+  auto copy = std::make_shared<std::vector<T>>(values);
+  return {Bytes(reinterpret_cast<const std::byte*>(copy->data()), copy->size() * sizeof(T)), copy};
+}
+
+template <class T>
+std::vector<T> reduced(DataType dtype, ReduceOp op, const std::vector<Payload>& inputs, std::size_t count) {
+  std::vector<T> out(count);
+  reduce(dtype, op, inputs, reinterpret_cast<std::byte*>(out.data()), count);
+  return out;
+}
+
+TEST(Half, BFloat16RoundsToNearestEven) {
+  const std::pair<std::uint32_t, std::uint16_t> cases[] = {
+      {0x3F800000, 0x3F80}, {0x3F808000, 0x3F80}, {0x3F818000, 0x3F82}, {0x3F808001, 0x3F81}, {0x7F7FFFFF, 0x7F80},
+      {0x00000001, 0x0000}, {0x00018000, 0x0002}, {0x7F800000, 0x7F80}, {0xFF800000, 0xFF80}, {0x80000000, 0x8000}};
+  for (const auto& [bits, expected] : cases) EXPECT_EQ(toBFloat16(std::bit_cast<float>(bits)), expected) << bits;
+  EXPECT_EQ(toBFloat16(std::bit_cast<float>(0x7F800001u)), 0x7FC0) << "a NaN must not become infinity";
+}
+
+TEST(Half, Float16RoundsToNearestEven) {
+  const std::pair<float, std::uint16_t> cases[] = {
+      {1.0f, 0x3C00},      {65504.0f, 0x7BFF},     {65519.9f, 0x7BFF},      {65520.0f, 0x7C00},   {1e9f, 0x7C00},
+      {0x1p-14f, 0x0400},  {0x1p-24f, 0x0001},     {0x1p-25f, 0x0000},      {0x1.8p-24f, 0x0002}, {0x1.000002p-25f, 0x0001},
+      {2049.0f, 0x6800},   {2051.0f, 0x6802},      {-0.0f, 0x8000},         {-INFINITY, 0xFC00},  {0x1.FF8p-15f, 0x03FF},
+      {0x1.FFCp-15f, 0x0400}};
+  for (const auto& [value, expected] : cases) EXPECT_EQ(toFloat16(value), expected) << value;
+  EXPECT_GT(toFloat16(NAN) & 0x7FFF, 0x7C00);
+}
+
+TEST(Half, EveryFloat16SurvivesARoundTrip) {
+  for (std::uint32_t half = 0; half < 65536; ++half) {
+    const auto bits = static_cast<std::uint16_t>(half);
+    if ((bits & 0x7FFF) > 0x7C00) {
+      ASSERT_TRUE(std::isnan(fromFloat16(bits)));
+    } else {
+      ASSERT_EQ(toFloat16(fromFloat16(bits)), bits);
+    }
+    if ((bits & 0x7FFF) <= 0x7F80) {
+      ASSERT_EQ(toBFloat16(fromBFloat16(bits)), bits);
+    }
+  }
+}
+
+TEST(Reduce, HalvesAreAccumulatedInFloat32AndRoundedOnce) {
+  // 256 + 1 + 1: in bfloat16 each addition of 1 would be lost; in float32 the sum is 258.
+  const std::vector<Payload> inputs{of<std::uint16_t>({toBFloat16(256)}), of<std::uint16_t>({toBFloat16(1)}),
+                                    of<std::uint16_t>({toBFloat16(1)})};
+  EXPECT_EQ(reduced<std::uint16_t>(DataType::kBFloat16, ReduceOp::kSum, inputs, 1)[0], toBFloat16(258));
+}
+
+TEST(Reduce, GoesFromLeftToRight) {
+  const std::vector<Payload> inputs{of<float>({1e8f}), of<float>({1.0f}), of<float>({-1e8f}), of<float>({1.0f})};
+  EXPECT_EQ(reduced<float>(DataType::kFloat32, ReduceOp::kSum, inputs, 1)[0], ((1e8f + 1.0f) - 1e8f) + 1.0f);
+}
+
+TEST(Reduce, MinAndMaxKeepNansAndTheFirstOfEquals) {
+  for (const ReduceOp op : {ReduceOp::kMin, ReduceOp::kMax}) {
+    for (std::size_t where = 0; where < 3; ++where) {
+      std::vector<Payload> inputs;
+      for (std::size_t r = 0; r < 3; ++r) inputs.push_back(of<float>(std::vector<float>(40, r == where ? NAN : 1.0f)));
+      for (const float value : reduced<float>(DataType::kFloat32, op, inputs, 40)) EXPECT_TRUE(std::isnan(value));
+    }
+    const std::vector<Payload> zeros{of<float>(std::vector<float>(40, -0.0f)), of<float>(std::vector<float>(40, 0.0f))};
+    for (const float value : reduced<float>(DataType::kFloat32, op, zeros, 40)) EXPECT_TRUE(std::signbit(value));
+  }
+}
+
+TEST(Reduce, IntegersWrapAndTheirMeanGoesTowardZero) {
+  const std::vector<Payload> large{of<std::int32_t>({INT32_MAX}), of<std::int32_t>({1})};
+  EXPECT_EQ(reduced<std::int32_t>(DataType::kInt32, ReduceOp::kSum, large, 1)[0], INT32_MIN);
+  const std::vector<Payload> odd{of<std::int64_t>({-3}), of<std::int64_t>({0})};
+  EXPECT_EQ(reduced<std::int64_t>(DataType::kInt64, ReduceOp::kAvg, odd, 1)[0], -1);
+}
+
+TEST(Reduce, BooleansAreNormalised) {
+  const std::vector<Payload> inputs{of<std::uint8_t>({0, 2, 0, 255}), of<std::uint8_t>({0, 0, 7, 1})};
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kBool, ReduceOp::kSum, inputs, 4), (std::vector<std::uint8_t>{0, 1, 1, 1}));
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kBool, ReduceOp::kMin, inputs, 4), (std::vector<std::uint8_t>{0, 0, 0, 1}));
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kBool, ReduceOp::kBitXor, inputs, 4), (std::vector<std::uint8_t>{0, 1, 1, 0}));
+}
+
+TEST(InstructionSets, AreNamedAndUnknownOnesAreRefused) {
+  EXPECT_FALSE(instructionSets().empty());
+  EXPECT_FALSE(pinInstructionSet("MMX"));
+  EXPECT_TRUE(pinInstructionSet(""));
+}
+
+}  // namespace
+}  // namespace reducer::kernels
