@@ -12,8 +12,11 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 PREFIX = "rnetlab"
 INTERFACE = "eth0"
@@ -25,6 +28,7 @@ _COMMAND_SECONDS_MAX = 30
 _LIMIT = "tbf rate {rate} burst 128kb latency 100ms"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class NetlabError(Exception):
@@ -42,17 +46,33 @@ def enter_namespace(name: str) -> None:
     with (_NETNS_DIRECTORY / name).open("rb") as handle:
         if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
             code = ctypes.get_errno()
-            raise OSError(code, f"cannot enter network namespace {name}: {os.strerror(code)}")
+            raise OSError(
+                code, f"cannot enter network namespace {name}: {os.strerror(code)}"
+            )
 
 
-def entering(name: str) -> Callable[[], None]:
-    """A `preexec_fn` for a child that lives in the namespace `name` and dies with this process."""
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Holds back what ends this process while it forks.
 
-    def prepare() -> None:
-        die_with_parent()
-        enter_namespace(name)
+    Python drops an exception, a signal's too, that is raised in its handlers around a fork.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    return prepare
+
+def become_child(namespace: str) -> None:
+    """Makes a forked child live in `namespace`, die with its parent, and take SIGTERM at once."""
+    die_with_parent()
+    enter_namespace(namespace)
+    # Ctrl-C reaches the whole terminal; the parent ends its children itself, in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
 
 
 def _command(arguments: list[str], text: str | None = None) -> str:
@@ -66,7 +86,9 @@ def _command(arguments: list[str], text: str | None = None) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise NetlabError(f"`{' '.join(arguments)}` took over {error.timeout} s") from error
+        raise NetlabError(
+            f"`{' '.join(arguments)}` took over {error.timeout} s"
+        ) from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()
         raise NetlabError(f"`{' '.join(arguments)}` failed: {said}")
@@ -94,7 +116,9 @@ def namespaces() -> list[str]:
     if not _NETNS_DIRECTORY.is_dir():
         return []
     pattern = re.compile(rf"^{PREFIX}-\d+-\w+$")
-    return sorted(path.name for path in _NETNS_DIRECTORY.iterdir() if pattern.match(path.name))
+    return sorted(
+        path.name for path in _NETNS_DIRECTORY.iterdir() if pattern.match(path.name)
+    )
 
 
 def _is_live_run(pid: int) -> bool:
@@ -103,12 +127,22 @@ def _is_live_run(pid: int) -> bool:
     except OSError:
         return False
     # A process id is used again one day: only a Python process can be a netlab run.
-    return any(b"python" in word or b"pytest" in word or b"netlab" in word for word in words[:2])
+    return any(
+        b"python" in word or b"pytest" in word or b"netlab" in word
+        for word in words[:2]
+    )
 
 
 def remove_leftovers() -> list[str]:
-    """Removes the namespaces of netlab runs that no longer live, and returns their names."""
+    """Removes the namespaces and files of netlab runs that no longer live, and returns their names."""
     removed = []
+    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
+        owner = directory.name.removeprefix(f"{PREFIX}-")
+        if owner.isdigit() and (
+            int(owner) == os.getpid() or not _is_live_run(int(owner))
+        ):
+            shutil.rmtree(directory, ignore_errors=True)
+            removed.append(str(directory))
     for name in namespaces():
         pid = int(name.split("-")[1])
         if pid != os.getpid() and not _is_live_run(pid):
@@ -126,6 +160,7 @@ class Cluster:
         self._rate = rate
         self.labels = labels
         self._made: list[str] = []
+        self.directory = Path(tempfile.gettempdir()) / f"{PREFIX}-{self._owner}"
 
     def namespace(self, label: str) -> str:
         """The network namespace of the host `label`."""
@@ -136,7 +171,7 @@ class Cluster:
         index = self.labels.index(label) + 1
         return f"10.77.{index // 250}.{index % 250 + 1}"
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         try:
             self._build()
         except BaseException:
@@ -152,6 +187,7 @@ class Cluster:
         self._made.append(name)
 
     def _build(self) -> None:
+        self.directory.mkdir(mode=0o700)
         switch = self.namespace("switch")
         for name in [switch, *map(self.namespace, self.labels)]:
             self._add(name)
@@ -159,7 +195,9 @@ class Cluster:
         for index, label in enumerate(self.labels):
             port = f"port{index}"
             host = self.namespace(label)
-            lines.append(f"link add {port} type veth peer name {INTERFACE} netns {host}")
+            lines.append(
+                f"link add {port} type veth peer name {INTERFACE} netns {host}"
+            )
             lines.append(f"link set {port} master br0")
             lines.append(f"link set {port} up")
         _command(["ip", "-n", switch, "-batch", "-"], "\n".join(lines) + "\n")
@@ -169,13 +207,18 @@ class Cluster:
                 f"addr add {self.address(label)}/16 dev {INTERFACE}",
                 f"link set {INTERFACE} up",
             ]
-            _command(["ip", "-n", self.namespace(label), "-batch", "-"], "\n".join(lines) + "\n")
+            _command(
+                ["ip", "-n", self.namespace(label), "-batch", "-"],
+                "\n".join(lines) + "\n",
+            )
         if self._rate is not None:
             self._limit(self._rate)
 
     def _limit(self, rate: str) -> None:
         discipline = _LIMIT.format(rate=rate)
-        ports = [f"qdisc add dev port{i} root {discipline}" for i in range(len(self.labels))]
+        ports = [
+            f"qdisc add dev port{i} root {discipline}" for i in range(len(self.labels))
+        ]
         switch = self.namespace("switch")
         _command(["tc", "-n", switch, "-batch", "-"], "\n".join(ports) + "\n")
         for label in self.labels:
@@ -190,3 +233,4 @@ class Cluster:
             name = self._made.pop()
             if (_NETNS_DIRECTORY / name).exists():
                 _command(["ip", "netns", "del", name])
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from netlab_cluster import INTERFACE, Cluster, NetlabError, entering
+from netlab_cluster import INTERFACE, Cluster, NetlabError, become_child, signals_held
 from netlab_worker import Turn, TurnResult, Worker, WorkerFailure, WorkerPlan
 
 START_SECONDS_MAX = 60.0
 _STOP_SECONDS_MAX = 5.0
+# A worker whose connection has closed has nothing left to do.
+_EXIT_SECONDS_MAX = 1.0
 CONTENDERS = ("gloo", "ring", "direct", "server", "mixed")
 
 
@@ -41,32 +44,51 @@ class Contender:
     failure: str | None = None
 
     def __post_init__(self) -> None:
-        self._store = Path(tempfile.mkdtemp(prefix=f"rnetlab-{self.name}-")) / "store"
+        self._store = self.cluster.directory / f"{self.name}-store"
 
     def start_reducers(self, binary: Path, labels: Sequence[str], threads: int) -> None:
         """Starts a standalone reducer on each host of `labels`. NetlabError if one does not come up."""
         for label in labels:
-            address = self.cluster.address(label)
-            command = [str(binary), "--listen", f"{address}:0", "--threads", str(threads)]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                preexec_fn=entering(self.cluster.namespace(label)),
+            address, namespace = (
+                self.cluster.address(label),
+                self.cluster.namespace(label),
             )
-            self.reducers.append(Reducer(process, address))
+            command = [
+                str(binary),
+                "--listen",
+                f"{address}:0",
+                "--threads",
+                str(threads),
+            ]
+            with signals_held():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    # Single-threaded, as netlab is, it may run Python between fork and exec.
+                    preexec_fn=partial(become_child, namespace),  # noqa: PLW1509
+                )
+                self.reducers.append(Reducer(process, address))
         deadline = time.monotonic() + START_SECONDS_MAX
         for reducer in self.reducers:
             reducer.address = _ready_address(reducer.process, deadline)
 
-    def start_workers(self, labels: Sequence[str], backend: str, extra: dict[str, str]) -> None:
+    def start_workers(
+        self, labels: Sequence[str], backend: str, extra: dict[str, str]
+    ) -> None:
         """Forks a worker into each host of `labels` and waits until their group exists."""
-        environment = {"GLOO_SOCKET_IFNAME": INTERFACE, "REDUCER_INTERFACE": INTERFACE, **extra}
+        environment = {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "REDUCER_INTERFACE": INTERFACE,
+            **extra,
+        }
         if backend == "reducer":
             environment["REDUCER_ALGORITHM"] = self.name
-        environment["REDUCER_SERVERS"] = ",".join(reducer.address for reducer in self.reducers)
+        environment["REDUCER_SERVERS"] = ",".join(
+            reducer.address for reducer in self.reducers
+        )
         for rank, label in enumerate(labels):
             plan = WorkerPlan(
                 backend=backend,
@@ -86,7 +108,10 @@ class Contender:
         self._gather("prepare", seconds_max)
         self._tell("go")
         results: list[TurnResult] = self._gather("all-reduce", seconds_max)
-        slowest = [max(each) for each in zip(*(result.seconds for result in results), strict=True)]
+        slowest = [
+            max(each)
+            for each in zip(*(result.seconds for result in results), strict=True)
+        ]
         return slowest, sum(result.wrong for result in results)
 
     def _tell(self, message: object) -> None:
@@ -94,7 +119,9 @@ class Contender:
             try:
                 worker.connection.send(message)
             except OSError as error:
-                raise NetlabError(f"{self.name}: rank {worker.plan.rank} is gone") from error
+                raise NetlabError(
+                    f"{self.name}: rank {worker.plan.rank} is gone"
+                ) from error
 
     def _gather(self, what: str, seconds_max: float) -> list[Any]:
         """One answer of every worker, by rank. The first failure, or the deadline, is a NetlabError."""
@@ -113,13 +140,17 @@ class Contender:
                 try:
                     answers[rank] = connection.recv()  # type: ignore[union-attr]
                 except (EOFError, OSError) as error:
-                    raise NetlabError(f"{self.name}: rank {rank} died during `{what}`") from error
+                    raise NetlabError(
+                        f"{self.name}: rank {rank} died during `{what}`"
+                    ) from error
                 if isinstance(answers[rank], WorkerFailure):
-                    raise NetlabError(f"{self.name}: rank {rank}: {answers[rank].message}")
+                    raise NetlabError(
+                        f"{self.name}: rank {rank}: {answers[rank].message}"
+                    )
         return [answers[rank] for rank in sorted(answers)]
 
     def stop(self) -> None:
-        """Ends all its processes, gently where nothing has failed, and removes its files."""
+        """Ends all its processes, gently where nothing has failed."""
         if self.failure is None and self.workers:
             try:
                 self._tell(None)
@@ -134,8 +165,6 @@ class Contender:
             _end_process(reducer.process)
         self.reducers.clear()
         self._store.unlink(missing_ok=True)
-        if self._store.parent.exists():
-            self._store.parent.rmdir()
 
 
 def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
@@ -152,14 +181,14 @@ def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
 
 
 def _end_child(pid: int) -> None:
-    """Kills a forked worker unless it has ended, and reaps it."""
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline:
-        if os.waitpid(pid, os.WNOHANG)[0] == pid:
-            return
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    """Kills a forked worker unless it ends by itself very soon, and reaps it."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        if not select.select([descriptor], [], [], _EXIT_SECONDS_MAX)[0]:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _end_process(process: subprocess.Popen[str]) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from multiprocessing.connection import Connection
 
-from netlab_cluster import Cluster, NetlabError, die_with_parent, enter_namespace
+from netlab_cluster import Cluster, NetlabError, become_child, signals_held
 
 _BLOCK_BYTES = 1 << 20
 # The token bucket's burst and TCP's slow start go by before anything is counted.
@@ -16,8 +16,7 @@ _DEADLINE_SECONDS = 30.0
 
 
 def _receive(namespace: str, address: str, seconds: float, answers: Connection) -> None:
-    die_with_parent()
-    enter_namespace(namespace)
+    become_child(namespace)
     with socket.create_server((address, 0)) as listener:
         listener.settimeout(_DEADLINE_SECONDS)
         answers.send(listener.getsockname()[1])
@@ -35,8 +34,7 @@ def _receive(namespace: str, address: str, seconds: float, answers: Connection) 
 
 
 def _send(namespace: str, address: str, port: int) -> None:
-    die_with_parent()
-    enter_namespace(namespace)
+    become_child(namespace)
     block = bytes(_BLOCK_BYTES)
     with socket.create_connection((address, port), timeout=_DEADLINE_SECONDS) as stream:
         try:
@@ -46,15 +44,20 @@ def _send(namespace: str, address: str, port: int) -> None:
             return  # the receiver has seen enough and closed
 
 
-def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) -> float:
+def line_rate(
+    cluster: Cluster, source: str, target: str, seconds: float = 2.0
+) -> float:
     """bit/s of one TCP stream from host `source` to host `target`, as its receiver counts them."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     address = cluster.address(target)
     receiver = context.Process(
-        target=_receive, args=(cluster.namespace(target), address, seconds, theirs), daemon=True
+        target=_receive,
+        args=(cluster.namespace(target), address, seconds, theirs),
+        daemon=True,
     )
-    receiver.start()
+    with signals_held():
+        receiver.start()
     theirs.close()
     sender = None
     try:
@@ -64,9 +67,12 @@ def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) 
         sender = context.Process(
             target=_send, args=(cluster.namespace(source), address, port), daemon=True
         )
-        sender.start()
+        with signals_held():
+            sender.start()
         if not ours.poll(_DEADLINE_SECONDS):
-            raise NetlabError(f"no TCP stream from {source} to {target} in {_DEADLINE_SECONDS} s")
+            raise NetlabError(
+                f"no TCP stream from {source} to {target} in {_DEADLINE_SECONDS} s"
+            )
         return float(ours.recv())
     except EOFError as error:
         raise NetlabError(f"the TCP stream from {source} to {target} broke") from error

@@ -15,8 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 
 import torch
 import torch.distributed as dist
-
-from netlab_cluster import die_with_parent, enter_namespace
+from netlab_cluster import become_child, signals_held
 
 # A lead-in of at most this many bytes wakes the connections up before anything is timed.
 _LEAD_IN_BYTES_MAX = 1 << 20
@@ -60,24 +59,23 @@ class Worker:
         """Forks the worker. The caller must be single-threaded, as torch's import leaves it."""
         self.plan = plan
         ours, theirs = Pipe(duplex=True)
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                ours.close()
-                code = _worker(plan, theirs)
-            finally:
-                # A forked child must not run the parent's clean-up.
-                os._exit(code)
+        with signals_held():
+            self.pid = os.fork()
+            if self.pid == 0:
+                code = 1
+                try:
+                    ours.close()
+                    code = _worker(plan, theirs)
+                finally:
+                    # A forked child must not run the parent's clean-up.
+                    os._exit(code)
         theirs.close()
         self.connection: Connection = ours
 
 
 def _worker(plan: WorkerPlan, connection: Connection) -> int:
     try:
-        die_with_parent()
-        _forget_signals()
-        enter_namespace(plan.namespace)
+        become_child(plan.namespace)
         os.environ.update(plan.environment)
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -93,8 +91,10 @@ def _worker(plan: WorkerPlan, connection: Connection) -> int:
         connection.send("done")
     except (EOFError, BrokenPipeError):
         return 1
-    except BaseException as error:
-        connection.send(WorkerFailure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent reports it
+        connection.send(
+            WorkerFailure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        )
         return 1
     return 0
 
@@ -105,14 +105,6 @@ class WorkerFailure:
 
     message: str
     traceback: str
-
-
-def _forget_signals() -> None:
-    import signal
-
-    # Ctrl-C reaches the whole terminal; only the parent answers it, and then ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _serve(plan: WorkerPlan, connection: Connection) -> None:

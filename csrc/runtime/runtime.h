@@ -1,6 +1,7 @@
 // What a worker process has once, whatever the number of its groups: the transport, and the reducer inside it.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,6 +32,7 @@ class Runtime {
 
  private:
   Runtime() = default;
+  int owner_ = 0;  // the process that has the threads
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<server::ReducerServer> server_;
 };

@@ -14,7 +14,7 @@ from reducer._bench import patterns
 
 Group = dist.ProcessGroup
 
-#: Buffers are used in turn within a block of iterations; this much memory is spent on them per rank.
+#: Memory of a rank for buffers that are used in turn within a block of iterations.
 _POOL_BYTES = 32 << 20
 
 
@@ -31,8 +31,8 @@ class CaseKey:
 class Case:
     """Buffers for one CaseKey on one rank. Every result is exactly known.
 
-    Iterations run in blocks over `slots` separate buffers: in-place results can so be compared after
-    the block, each of them, without work between two timed calls. Not thread safe.
+    Iterations run in blocks over `slots` separate buffers: each in-place result can so be compared
+    after the block, without work between two timed calls. Not thread safe.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from reducer._bench.processes import ChildError
@@ -99,9 +98,10 @@ def run_case(
 ) -> list[Outcome]:
     """Measures one case (the arguments of "measure" without group and iterations).
 
-    Each contender warms up, which also tells how many iterations fit its budget; then all go in rounds,
-    another one first in each.
+    Each contender warms up, which also tells how many iterations fit its budget; then all go in
+    rounds, another one first in each. Those that failed before are left out.
     """
+    contenders = [contender for contender in contenders if contender.failed is None]
     outcomes = [Outcome(contender.name, case["nbytes"]) for contender in contenders]
     counts = []
     for contender, outcome in zip(contenders, outcomes, strict=True):
@@ -139,7 +139,6 @@ def _measure(
         outcome.error = outcome.error or contender.failed
         return
     command = {**case, "do": "measure", "group": contender.name, "iterations": iterations}
-    busy, total = cpu_seconds()
     try:
         replies = contender.team.call(command, budget.timeout_s)
     except TeamError as error:
@@ -148,24 +147,15 @@ def _measure(
     except ChildError as error:
         outcome.error = contender.failed = str(error)
         return
-    busy_after, total_after = cpu_seconds()
-    outcome.cpu_busy_s += busy_after - busy
-    outcome.cpu_total_s += total_after - total
     _add_replies(outcome, replies)
 
 
 def _add_replies(outcome: Outcome, replies: Sequence[dict[str, Any]]) -> None:
     outcome.nbytes = replies[0]["nbytes"]
+    outcome.cpu_busy_s += replies[0]["cpu_busy_s"]
+    outcome.cpu_total_s += replies[0]["cpu_total_s"]
     outcome.seconds += slowest_per_iteration([reply["times_ns"] for reply in replies])
     outcome.wrong += sum(reply["wrong"] for reply in replies)
     for rank, reply in enumerate(replies):
         if reply["difference"] is not None and outcome.difference is None:
             outcome.difference = f"rank {rank}: {reply['difference']}"
-
-
-def cpu_seconds() -> tuple[float, float]:
-    """Seconds that this machine's cores were busy, and in all, since boot (first line of /proc/stat)."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    idle = fields[3] + fields[4]
-    ticks_per_second = 100.0
-    return (sum(fields) - idle) / ticks_per_second, sum(fields) / ticks_per_second

@@ -1,8 +1,8 @@
 """Bandwidth as benchmarks report it, and the least time that the network allows.
 
-`algbw` is bytes / time; `busbw` is algbw times the share of the bytes that a ring would send over each
-link, as derived in PERFORMANCE.md of NVIDIA's nccl-tests. It compares one machine's results for
-different numbers of ranks; through standalone reducers it may exceed the line rate, because the
+`algbw` is bytes / time; `busbw` is algbw times the share of the bytes that a ring would send over
+each link, as derived in PERFORMANCE.md of NVIDIA's nccl-tests. It makes results for different
+numbers of ranks comparable; through standalone reducers it may exceed the line rate, because the
 factor assumes a ring. S below is the size that nccl-tests reports: the whole tensor, which for
 all-gather is the output and for reduce-scatter the input.
 """
@@ -33,6 +33,23 @@ def bus_factor(collective: str, n: int) -> float:
     if collective == "barrier":
         return 0.0
     raise ValueError(f"no collective is called {collective!r}: choose one of {COLLECTIVES}")
+
+
+def owner_shares(algorithm: str, n: int, k: int) -> tuple[float, float]:
+    """Parts of the bytes that each worker's own and each standalone reducer owns (docs/algorithms.md).
+
+    n workers, k standalone reducers; n times the first and k times the second make 1.
+    """
+    if algorithm == "auto":
+        algorithm = "mixed" if k else "direct"
+    if algorithm == "direct" or (algorithm == "mixed" and k == 0):
+        return 1 / n, 0.0
+    if algorithm == "server" or (algorithm == "mixed" and k >= n):
+        return 0.0, 1 / k
+    if algorithm == "mixed":
+        total = n * n + k * n - 2 * k
+        return (n - k) / total, 2 * (n - 1) / total
+    raise ValueError(f"{algorithm!r} has no owners")
 
 
 def all_reduce_bound(algorithm: str, n: int, k: int) -> float:

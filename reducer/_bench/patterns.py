@@ -1,8 +1,8 @@
 """Inputs whose result is known beforehand, to the bit, in whatever order it is computed.
 
-Every pattern consists of small whole numbers, so that float sums are exact in any order, and repeats
-after `PERIOD` elements, a number that shares no factor with chunk sizes: a chunk that ends up in the
-wrong place shows.
+Every pattern consists of small whole numbers, so that float sums are exact in any order, and
+repeats after `PERIOD` elements, a number that shares no factor with chunk sizes: a chunk that ends
+up in the wrong place shows.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _QUOTED_LINES = 15
 
 
 class ChildError(RuntimeError):
-    """A child process died, or did not answer in time; the text says which and quotes its output."""
+    """A child process died or did not answer in time; the text says which, and quotes it."""
 
 
 class Child:
@@ -82,7 +82,7 @@ class Child:
         return "\n".join(lines[-_QUOTED_LINES:])
 
     def read_line(self, deadline: float) -> str:
-        """The next line of the captured stdout. ChildError when it ends or time.monotonic() passes."""
+        """The next line of the captured stdout; ChildError at its end or at the deadline."""
         stdout = self.process.stdout
         assert stdout is not None, "stdout is not captured"
         line = b""

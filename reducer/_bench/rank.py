@@ -1,4 +1,4 @@
-"""One rank of a benchmark: it opens groups, times collectives and compares their results on command.
+"""One rank of a benchmark: opens groups, times collectives and checks results, on command.
 
 A command is a JSON object {"do": NAME, ...}, and so is its answer; an error is answered as
 {"error": TEXT} and leaves the rank ready for the next command. Started as
@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from reducer._bench import memory
 from reducer._bench.cases import Case, CaseKey
+from reducer._bench.machine import cpu_seconds
 
 Message = dict[str, Any]
 
@@ -36,7 +38,7 @@ class Rank:
     """The state of one rank: its store, its groups, and the buffers of the last case."""
 
     def __init__(self) -> None:
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._rank = 0
         self._world_size = 1
         self._local_rank = 0
@@ -50,26 +52,26 @@ class Rank:
         try:
             handler: Callable[..., Message] = getattr(self, "_do_" + command["do"])
             return handler(**{key: value for key, value in command.items() if key != "do"})
-        except Exception as error:  # noqa: BLE001 - whatever it is, the report shows it
+        except Exception as error:  # whatever it is, the report shows it
             if os.environ.get("REDUCER_BENCH_TRACEBACK"):
                 traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
 
-    def adopt(self, store: dist.Store, rank: int, world_size: int, local_rank: int) -> None:
+    def adopt(self, store: Store, rank: int, world_size: int, local_rank: int) -> None:
         """Uses a store made elsewhere (torchrun's)."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._local_rank = local_rank
 
     def _do_host_store(self, host: str, world_size: int) -> Message:
         """Rank 0: makes the store that all ranks will meet at, on a free port."""
-        store = dist.TCPStore(
+        store = TCPStore(
             host, 0, world_size, is_master=True, wait_for_workers=False, timeout=_seconds(60)
         )
         self.adopt(store, 0, world_size, 0)
         return {"port": store.port}
 
     def _do_join_store(self, host: str, port: int, rank: int, world_size: int) -> Message:
-        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=_seconds(60))
+        store = TCPStore(host, port, world_size, is_master=False, timeout=_seconds(60))
         self.adopt(store, rank, world_size, rank)
         return {}
 
@@ -85,7 +87,7 @@ class Rank:
                 assert self._store is not None, "open before a store"
                 dist.init_process_group(
                     backend,
-                    store=dist.PrefixStore(name, self._store),
+                    store=PrefixStore(name, self._store),
                     rank=self._rank,
                     world_size=self._world_size,
                     timeout=_seconds(timeout_s),
@@ -122,23 +124,35 @@ class Rank:
         aligner = torch.zeros(1, device=self._devices[group])
         times: list[int] = []
         wrong, first = 0, None
+        busy, total = 0.0, 0.0
         cuda = self._devices[group].type == "cuda"
         while len(times) < iterations:
             used = min(case.slots, iterations - len(times))
             case.fill()
             with _no_collection():
                 dist.all_reduce(aligner, group=process_group)
+                busy_before, total_before = cpu_seconds()
                 for slot in range(used):
                     begin = time.perf_counter_ns()
                     call(slot)
                     if cuda:
                         torch.cuda.synchronize()
                     times.append(time.perf_counter_ns() - begin)
+                busy_after, total_after = cpu_seconds()
+            busy += busy_after - busy_before
+            total += total_after - total_before
             if case.checks:
                 bad, difference = case.difference(used)
                 wrong += bad
                 first = first or difference
-        return {"times_ns": times, "wrong": wrong, "difference": first, "nbytes": case.nbytes}
+        return {
+            "times_ns": times,
+            "wrong": wrong,
+            "difference": first,
+            "nbytes": case.nbytes,
+            "cpu_busy_s": busy,
+            "cpu_total_s": total,
+        }
 
     def _do_memory(self, group: str, nbytes: int) -> Message:
         """Peak extra resident memory of one large all-reduce."""
@@ -171,7 +185,7 @@ class Rank:
         if self._local_rank >= torch.cuda.device_count():
             raise RuntimeError(
                 "NCCL needs a GPU for every rank: "
-                f"this machine has {torch.cuda.device_count()}, and a rank number {self._local_rank}"
+                f"this machine has {torch.cuda.device_count()}, and more ranks"
             )
         device = torch.device("cuda", self._local_rank)
         torch.cuda.set_device(device)

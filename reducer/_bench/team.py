@@ -1,9 +1,9 @@
 """The ranks of one benchmark, commanded together.
 
-A `Team` sends one command to all ranks and collects their answers. `LocalTeam` starts the ranks as
-processes of this machine (or of its network namespaces) and speaks to them through Unix sockets, which
-no rate limit on a network touches; `JoinedTeam` is rank 0's view of ranks that torchrun started, and
-speaks through their store.
+A `Team` sends one command to all ranks and collects their answers. `LocalTeam` starts the ranks
+as processes of this machine (or of its network namespaces) and speaks to them through Unix
+sockets, which no rate limit on a network touches; `JoinedTeam` is rank 0's view of ranks that
+torchrun started, and speaks through their store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reducer._bench.processes import Child, ChildError, python_path, stop_all
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
 
     from reducer._bench.rank import Rank
 
@@ -167,7 +167,7 @@ class LocalTeam:
 class JoinedTeam:
     """Ranks that torchrun started, through its store. Rank 0 commands and takes part itself."""
 
-    def __init__(self, me: Rank, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, me: Rank, store: Store, rank: int, world_size: int) -> None:
         self.world_size = world_size
         self._me = me
         self._store = store
@@ -203,17 +203,18 @@ class JoinedTeam:
 
 def join_torchrun() -> tuple[JoinedTeam, int]:
     """The team of the torchrun job that this process belongs to, and this process' rank."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     from reducer._bench.rank import Rank
 
-    store, rank, world_size = next(iter(dist.rendezvous("env://")))
+    store, rank, world_size = next(iter(rendezvous("env://")))
     me = Rank()
     me.adopt(
-        dist.PrefixStore("reducer-bench", store),
+        PrefixStore("reducer-bench", store),
         rank,
         world_size,
         int(os.environ.get("LOCAL_RANK", str(rank))),
     )
-    team = JoinedTeam(me, dist.PrefixStore("reducer-bench-control", store), rank, world_size)
+    team = JoinedTeam(me, PrefixStore("reducer-bench-control", store), rank, world_size)
     return team, rank

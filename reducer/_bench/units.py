@@ -80,6 +80,13 @@ def format_seconds(seconds: float) -> str:
     return f"{_three_digits(seconds)} s"
 
 
+def format_tick(seconds: float) -> str:
+    """A round figure for an axis: "10 us", "1 ms"."""
+    if seconds < 0.9e-3:
+        return f"{seconds * 1e6:g} us"
+    return f"{seconds * 1e3:g} ms" if seconds < 0.9 else f"{seconds:g} s"
+
+
 def _three_digits(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}"

@@ -548,6 +548,13 @@ TEST_P(Conformance, PostedTasksRunOnTheTransportsThreads) {
   EXPECT_EQ(here, 0);
 }
 
+TEST_P(Conformance, TasksPostedBeforeTheEndRun) {
+  Counter done;
+  for (int i = 0; i < 100; ++i) carrier_.client->post([&] { done.raise(); });
+  carrier_.client.reset();
+  EXPECT_EQ(done.value(), 100U);
+}
+
 INSTANTIATE_TEST_SUITE_P(Sim, Conformance, ::testing::Values(&simCarrier),
                          [](const auto&) { return std::string("two_threads"); });
 #ifdef REDUCER_HAS_GRPC

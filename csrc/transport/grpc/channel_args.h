@@ -1,15 +1,11 @@
-// Settings of gRPC that matter here, each with its reason.
+// The settings of gRPC's channels and servers, each with its reason.
 #pragma once
 
-#include <grpcpp/server_builder.h>
-#include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/grpcpp.h>
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport {
 
-grpc::ChannelArguments clientArguments();
-void setServerArguments(grpc::ServerBuilder& builder);
+void configure(grpc::ChannelArguments& arguments);
+void configure(grpc::ServerBuilder& builder);
 
-/// gRPC logs connection failures and the like, which we report ourselves: only its errors, unless GRPC_VERBOSITY says otherwise.
-void quietGrpcLog();
-
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport

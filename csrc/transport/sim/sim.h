@@ -40,7 +40,9 @@ class SimNetwork {
   TimePoint now() const;
 
   /// kill -9: connections of this host end at the other side with kUnavailable (after a latency), nothing is
-  /// delivered to it any more, its timers stop, connects to it go unanswered.
+  /// delivered to it any more, its timers stop, connects to it go unanswered. (Destroying its transport
+  /// calls onClosed of what it left open and runs what was posted, so that a test can clean up.) Its name may be
+  /// used again.
   void kill(const std::string& name);
   /// SIGSTOP / cable out: what is sent to or from it is held (nothing lost) until resume().
   void pause(const std::string& name);

@@ -124,7 +124,7 @@ void World::send(Endpoint& endpoint, Message message) {
 
 void World::transmit(Held& held, Endpoint& from, Message message) {
   const std::shared_ptr<Endpoint>& to = from.peer;
-  if (!to || to->closed) {
+  if (!to || to->closed || to->host->gone) {
     held.trash.add(std::move(message));
     return;
   }
@@ -136,7 +136,7 @@ void World::transmit(Held& held, Endpoint& from, Message message) {
 /// The other end learns of the end after all that was sent, or, without flush, ahead of part of it.
 void World::tellPeer(Held& held, Endpoint& from, const Status& status, bool flush) {
   const std::shared_ptr<Endpoint>& to = from.peer;
-  if (!to || to->closed) return;
+  if (!to || to->closed || to->host->gone) return;
   TimePoint when = nowHeld() + delay();
   if (flush) when = std::max(when, to->last_due);
   while (!to->inbound.empty() && to->inbound.back().due > when) {
@@ -344,6 +344,11 @@ void World::letGo(Held& held, Endpoint& endpoint) {
   endpoint.connecting = false;
   held.trash.add(std::move(endpoint.handler));
   held.trash.add(std::move(endpoint.peer));
+  discard(held, endpoint);
+}
+
+/// Drops all that is on its way to or waits at this end.
+void World::discard(Held& held, Endpoint& endpoint) {
   for (Transit& transit : endpoint.inbound) held.trash.items.push_back(std::move(transit.item));
   for (Item& item : endpoint.ready) held.trash.items.push_back(std::move(item));
   for (Message& message : endpoint.unsent) held.trash.add(std::move(message));

@@ -33,7 +33,6 @@ void World::stop() {
   threads_.clear();
   Held held(*this);
   for (; !events_.empty(); events_.pop()) {
-    held.trash.add(std::shared_ptr(events_.top().task));
     held.trash.add(std::shared_ptr(events_.top().endpoint));
     held.trash.add(std::shared_ptr(events_.top().timer));
   }
@@ -41,6 +40,8 @@ void World::stop() {
     host->gone = true;
     for (const auto& [id, endpoint] : host->endpoints) letGo(held, *endpoint);
     host->endpoints.clear();
+    for (auto& task : host->tasks) held.trash.add(std::move(task));
+    host->tasks.clear();
   }
   for (auto& [address, listener] : listeners_) held.trash.add(std::move(listener->acceptor));
   listeners_.clear();
@@ -89,7 +90,7 @@ bool World::handle(Held& held, Event& event) {
     case Event::Kind::kAttempt:
       return attempt(held, event.endpoint);
     case Event::Kind::kEnd:
-      if (event.endpoint->closed) return false;
+      if (event.endpoint->closed || event.endpoint->host->gone) return false;
       event.endpoint->ready.push_back({Item::Kind::kEnd, {}, event.endpoint->reason});
       run(held, event.endpoint);
       return true;
@@ -123,15 +124,18 @@ bool World::handleTick(Held& held, Event& event) {
 }
 
 bool World::handleTask(Held& held, Event& event) {
-  if (event.host->gone) {
-    held.trash.add(std::move(event.task));
-    return false;
-  }
-  callOut(held, event.host.get(), [&] {
-    (*event.task)();
-    event.task.reset();
-  });
+  if (event.host->gone || event.host->tasks.empty()) return false;
+  runTask(held, *event.host);
   return true;
+}
+
+void World::runTask(Held& held, Host& host) {
+  auto task = std::move(host.tasks.front());
+  host.tasks.pop_front();
+  callOut(held, &host, [&] {
+    (*task)();
+    task.reset();
+  });
 }
 
 bool World::stepOnce(TimePoint end, bool& any) {
@@ -216,14 +220,14 @@ std::shared_ptr<Host> World::addHost(const std::string& name) {
 
 void World::destroyHost(const std::shared_ptr<Host>& host) {
   Held held(*this);
-  if (!host->gone) {
-    EndpointList endpoints;
-    for (const auto& [id, endpoint] : host->endpoints) endpoints.push_back(endpoint);
-    std::erase_if(listeners_, [&](auto& entry) { return entry.second->host == host; });
-    host->gone = true;
-    closeNow(held, endpoints,
-             Status(Code::kAborted, "the transport of " + host->name + " was destroyed"));
-  }
+  std::erase_if(listeners_, [&](auto& entry) { return entry.second->host == host; });
+  host->gone = true;
+  EndpointList endpoints;
+  for (const auto& [id, endpoint] : host->endpoints) endpoints.push_back(endpoint);
+  closeNow(held, endpoints,
+           Status(Code::kAborted, "the transport of " + host->name + " was destroyed"));
+  while (!host->tasks.empty()) runTask(held, *host);
+  host->destroyed = true;
   waitForCallsOf(held, host.get());
 }
 
@@ -231,28 +235,26 @@ void World::kill(const std::string& name) {
   Held held(*this);
   const std::shared_ptr<Host> host = findHost(name);
   REDUCER_CHECK(host != nullptr);
-  std::erase_if(listeners_, [&](auto& entry) {
-    if (entry.second->host != host) return false;
-    held.trash.add(std::move(entry.second->acceptor));
-    return true;
-  });
+  std::erase_if(listeners_, [&](auto& entry) { return entry.second->host == host; });
   const bool was_paused = std::exchange(host->paused, false);
   host->gone = true;
   for (const auto& [id, endpoint] : host->endpoints) {
-    if (endpoint->peer) {
-      if (was_paused) {  // what it sent meanwhile has not left it
-        for (Transit& transit : endpoint->peer->inbound)
-          held.trash.items.push_back(std::move(transit.item));
-        endpoint->peer->inbound.clear();
+    if (was_paused && endpoint->peer) {  // what it sent meanwhile has not left it
+      for (Transit& transit : endpoint->peer->inbound) {
+        held.trash.items.push_back(std::move(transit.item));
       }
-      tellPeer(held, *endpoint,
-               Status(Code::kUnavailable, "lost the connection to " + endpoint->own_address +
-                                              ": its process or host went away"),
-               /*flush=*/false);
+      endpoint->peer->inbound.clear();
     }
-    letGo(held, *endpoint);
+    tellPeer(held, *endpoint,
+             Status(Code::kUnavailable, "lost the connection to " + endpoint->own_address +
+                                            ": its process or host went away"),
+             /*flush=*/false);
+    if (!endpoint->closing) endpoint->reason = Status(Code::kAborted, "the host was killed");
+    endpoint->closing = true;
+    endpoint->connecting = false;
+    discard(held, *endpoint);
+    held.trash.add(std::move(endpoint->peer));
   }
-  host->endpoints.clear();
   waitForCallsOf(held, host.get());
 }
 
@@ -342,13 +344,17 @@ void World::cancel(TimerState& timer) {
 }
 
 void World::post(const std::shared_ptr<Host>& host, std::function<void()> task) {
+  auto shared = std::make_shared<const std::function<void()>>(std::move(task));
+  Held held(*this);
+  if (host->destroyed || stopping_) {
+    held.trash.add(std::move(shared));
+    return;
+  }
+  host->tasks.push_back(std::move(shared));
   Event event;
+  event.at = nowHeld();
   event.kind = Event::Kind::kTask;
   event.host = host;
-  event.task = std::make_shared<const std::function<void()>>(std::move(task));
-  const Held held(*this);
-  if (host->gone) return;
-  event.at = nowHeld();
   pushEvent(std::move(event));
 }
 

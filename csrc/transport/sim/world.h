@@ -30,9 +30,11 @@ struct Endpoint;
 struct Host {
   std::string name;
   bool gone = false;  ///< killed, or its transport was destroyed: nothing of it runs any more
+  bool destroyed = false;
   bool paused = false;
   std::uint16_t last_port = 49151;
-  std::map<std::uint64_t, std::shared_ptr<Endpoint>> endpoints;  ///< not yet closed, by id
+  std::map<std::uint64_t, std::shared_ptr<Endpoint>> endpoints;    ///< not yet closed, by id
+  std::deque<std::shared_ptr<const std::function<void()>>> tasks;  ///< an event each
 
   std::uint16_t nextPort() { return last_port = last_port == 65535 ? 49152 : last_port + 1; }
 };
@@ -174,7 +176,6 @@ class World : public std::enable_shared_from_this<World> {
     std::shared_ptr<Endpoint> endpoint;
     std::shared_ptr<TimerState> timer;
     std::shared_ptr<Host> host;
-    std::shared_ptr<const std::function<void()>> task;
   };
   struct Later {
     bool operator()(const Event& a, const Event& b) const {
@@ -198,6 +199,7 @@ class World : public std::enable_shared_from_this<World> {
   bool handle(Held& held, Event& event);
   bool handleTick(Held& held, Event& event);
   bool handleTask(Held& held, Event& event);
+  void runTask(Held& held, Host& host);
   void work();
   /// Runs `call` without the mutex, as a call of `host`.
   template <class F>
@@ -223,6 +225,7 @@ class World : public std::enable_shared_from_this<World> {
   void refuse(const std::shared_ptr<Endpoint>& endpoint, const Status& why);
   void finish(Held& held, const std::shared_ptr<Endpoint>& endpoint);
   void letGo(Held& held, Endpoint& endpoint);
+  void discard(Held& held, Endpoint& endpoint);
   void retime(const std::shared_ptr<Endpoint>& to);
   /// Closes and calls onClosed before it returns (but for an endpoint whose handler this very
   /// thread is in).

@@ -1,0 +1,37 @@
+// The control plane of a standalone reducer: reducer.v1.Control, health, reflection.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+
+#include "server/server.h"
+
+namespace grpc {
+class ServerBuilder;
+}
+
+namespace reducer::reducerd {
+
+/// Made before the server that it tells about, because gRPC takes its services when the data plane starts to listen.
+/// Thread safe after attach().
+class Control {
+ public:
+  Control();
+  ~Control();
+  Control(const Control&) = delete;
+  Control& operator=(const Control&) = delete;
+
+  /// Adds the services to the builder of the data plane's listener.
+  void configure(grpc::ServerBuilder& builder);
+  /// From now on the services answer.
+  void attach(server::ReducerServer& server);
+  /// Health becomes NOT_SERVING.
+  void setServing(bool serving);
+
+ private:
+  struct Services;
+  const std::unique_ptr<Services> services_;
+};
+
+}  // namespace reducer::reducerd

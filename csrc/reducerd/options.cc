@@ -1,0 +1,120 @@
+#include "reducerd/options.h"
+
+#include <getopt.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <string_view>
+#include <thread>
+
+#include "collective/settings.h"
+#include "transport/address.h"
+
+namespace reducer::reducerd {
+namespace {
+
+constexpr int kThreadsDefaultMax = 4;
+constexpr int kThreadsMax = 256;
+
+Status wrong(const std::string& option, const std::string& why) {
+  return Status(Code::kInvalidArgument, option + ": " + why);
+}
+
+bool parseNumber(std::string_view text, int least, int most, int* value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
+  return error == std::errc() && end == text.data() + text.size() && *value >= least && *value <= most;
+}
+
+std::size_t physicalMemory() {
+  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
+}
+
+}  // namespace
+
+std::string readableSize(std::size_t nbytes) {
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(nbytes);
+  std::size_t unit = 0;
+  for (; value >= 1024 && unit + 1 < std::size(units); ++unit) value /= 1024;
+  char text[32];
+  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  return text;
+}
+
+std::string helpText() {
+  return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace SECONDS]\n"
+         "\n"
+         "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
+         "\n"
+         "  --listen HOST:PORT   where to serve; port 0 picks a free one (default 0.0.0.0:7000)\n"
+         "  --threads N          threads that move and sum data, 1 to 256 (default: cores, at most 4)\n"
+         "  --memory-limit SIZE  most memory promised to groups, as in 512MiB or 4GiB (default: half of this host's);\n"
+         "                       a group of n workers needs 2 x n x window, 4 MiB for each worker by default\n"
+         "  --grace SECONDS      after SIGTERM, how long groups at work may finish (default 30)\n"
+         "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and end\n"
+         "  --version, --help\n"
+         "\n"
+         "Prints one line when ready. SIGTERM or SIGINT: takes in no new group, ends when the last worker has\n"
+         "left or the grace is over; a second signal ends at once.\n";
+}
+
+Result<Options> parseOptions(int argc, char** argv) {
+  Options options;
+  options.threads = std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsDefaultMax);
+  options.memory_limit_bytes = physicalMemory() / 2;
+  const option known[] = {{"listen", required_argument, nullptr, 'l'},
+                          {"threads", required_argument, nullptr, 't'},
+                          {"memory-limit", required_argument, nullptr, 'm'},
+                          {"grace", required_argument, nullptr, 'g'},
+                          {"stats", required_argument, nullptr, 's'},
+                          {"help", no_argument, nullptr, 'h'},
+                          {"version", no_argument, nullptr, 'v'},
+                          {nullptr, 0, nullptr, 0}};
+  opterr = 0;
+  optind = 1;
+  int number = 0;
+  for (int c = 0; (c = getopt_long(argc, argv, "h", known, nullptr)) != -1;) {
+    switch (c) {
+      case 'l':
+        options.listen = optarg;
+        if (!transport::parseAddress(options.listen)) {
+          return wrong("--listen", "'" + options.listen + "' is not HOST:PORT with a port from 0 to 65535");
+        }
+        break;
+      case 't':
+        if (!parseNumber(optarg, 1, kThreadsMax, &options.threads)) {
+          return wrong("--threads", "'" + std::string(optarg) + "' is not a number from 1 to 256");
+        }
+        break;
+      case 'm': {
+        auto size = collective::parseSize(optarg);
+        if (!size.ok()) return wrong("--memory-limit", size.status().message());
+        options.memory_limit_bytes = size.value();
+        break;
+      }
+      case 'g':
+        if (!parseNumber(optarg, 0, 86400, &number)) {
+          return wrong("--grace", "'" + std::string(optarg) + "' is not a number of seconds from 0 to 86400");
+        }
+        options.grace = std::chrono::seconds(number);
+        break;
+      case 's':
+        options.stats_of = optarg;
+        break;
+      case 'h':
+        options.help = true;
+        break;
+      case 'v':
+        options.version = true;
+        break;
+      default:
+        return wrong(argv[optind - 1], "unknown option, or its value is missing; see --help");
+    }
+  }
+  if (optind < argc) return wrong(argv[optind], "unexpected; see --help");
+  return options;
+}
+
+}  // namespace reducer::reducerd

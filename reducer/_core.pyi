@@ -1,0 +1,47 @@
+"""The native module that needs no torch."""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+version: str
+"""The version that the native library was built as."""
+torch_version: str
+"""The version of torch that `_torch` was built for."""
+protocol_version: int
+min_chunk_bytes: int
+max_chunk_bytes: int
+
+def parse_size(text: str) -> int:
+    """Bytes of "4MiB", "64KiB", "1GB" or "4096". ValueError says what is wrong."""
+
+def parse_servers(text: str) -> list[str]:
+    """The items of "host:port,host:port". ValueError names the item that is wrong."""
+
+def parse_algorithm(text: str) -> str:
+    """The algorithm's name as it is written everywhere. ValueError lists them."""
+
+def host_label() -> str:
+    """ "hostname:pid" of this process."""
+
+def choose_bind_host(interface: str, peer_host: str) -> str:
+    """The address of an interface (a name or an address), or if empty, that of the route to `peer_host`.
+
+    ValueError lists the interfaces that exist.
+    """
+
+def resolve_servers(servers: Sequence[str]) -> list[str]:
+    """Addresses for names; a name with several addresses counts as several servers. ConnectionError, ValueError."""
+
+def reduce(dtype: str, op: str, inputs: Sequence[Buffer], out: Buffer) -> None:
+    """out[i] = inputs[0][i] op inputs[1][i] op ..., from left to right, by the library's one definition.
+
+    dtype: "float32", "bfloat16" ...; op: "sum", "product", "min", "max", "band", "bor", "bxor" or "avg". All buffers are contiguous and
+    of one size; `out` overlaps none of the inputs. TypeError, ValueError. Releases the GIL.
+    """
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, best first: "AVX3", "AVX2" ..."""
+
+def pin_instruction_set(name: str) -> None:
+    """Makes the kernels use one of instruction_sets(), in the whole process; "" returns to the best. ValueError."""

@@ -1,0 +1,341 @@
+"""How a group comes to be: settings are read, ranks find each other through the store, the native backend takes over.
+
+Every rank writes one entry into the store, with its address and settings or with what went wrong. Rank 0 reads all entries,
+compares them, and writes a verdict, which all ranks read: the list of addresses, or one text that every rank raises.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from reducer import _core, errors
+from reducer.options import Options, Settings, resolve
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from reducer import _torch
+
+log = logging.getLogger("reducer")
+
+# How much longer the others wait for rank 0's verdict than rank 0 for the others: its text says who is missing.
+_VERDICT_GRACE = timedelta(seconds=5)
+# How long rank 0, whose process often holds the store, stays so that the others can read why it failed.
+_FAREWELL = timedelta(seconds=5)
+
+_native: ModuleType | None = None
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def load_native() -> ModuleType:
+    """The module `reducer._torch`. Raises VersionError if it was built for another minor version of torch."""
+    global _native
+    if _native is None:
+        if _minor(_core.torch_version) != _minor(torch.__version__):
+            raise errors.VersionError(
+                f"reducer was built for torch {_core.torch_version}, and this is torch {torch.__version__}, whose C++ "
+                "interface differs; build it again with `pip install --no-build-isolation --force-reinstall .` in its "
+                f"source folder, or install torch {_minor(_core.torch_version)}"
+            )
+        from reducer import _torch
+
+        # Before the interpreter goes: threads that wait for its lock would never get it.
+        atexit.register(_torch.shutdown_all)
+        _native = _torch
+    return _native
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A rank's place in a group that is being made."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+    name: str
+    timeout: timedelta
+    host: str
+    prefix: str  # of this instance's keys
+
+    @classmethod
+    def of(cls, options: Any) -> _Place:
+        # A group destroyed and made again has the same store and name. Each rank counts its own attempts.
+        rank = int(options.group_rank)
+        attempt = options.store.add(f"reducer/attempts/{rank}", 1)
+        ranks = list(options.global_ranks_in_group)
+        return cls(
+            store=options.store,
+            rank=rank,
+            world_size=int(options.group_size),
+            name=str(options.group_id) if ranks else "default",
+            timeout=_as_timedelta(options.timeout),
+            host=_core.host_label(),
+            prefix=f"reducer/{attempt}",
+        )
+
+    def says(self, text: str) -> str:
+        return f"[rank {self.rank}, group {self.name}] {text}"
+
+
+def _as_timedelta(value: Any) -> timedelta:
+    return value if isinstance(value, timedelta) else timedelta(seconds=float(value))
+
+
+def create(options: Any, backend_options: Options | None = None) -> _torch.ReducerBackend:
+    """Makes this rank's backend of a group; what torch calls. All ranks of the group must call it.
+
+    Raises InvalidArgumentError (malformed settings), MismatchError (they differ between ranks), TimeoutError (a rank does not
+    come), UnavailableError (a name or an address that cannot be used), VersionError. All ranks raise, and soon.
+    """
+    place = _Place.of(options)
+    try:
+        settings = resolve(backend_options)
+        _set_log_level(settings.log)
+        native = load_native()
+        runtime = native.Runtime(bind_host=_bind_host(place, settings))
+    except errors.ReducerError as error:
+        _publish_failure(place, error)
+        raise type(error)(place.says(str(error))) from None
+    except Exception as error:
+        _publish_failure(place, error)
+        raise
+    _publish_entry(place, runtime.address, settings)
+    verdict = _conclude(place, settings) if place.rank == 0 else _await_verdict(place)
+    backend: _torch.ReducerBackend = native.ReducerBackend(
+        runtime=runtime,
+        job=bytes.fromhex(verdict["job"]),
+        name=place.name,
+        rank=place.rank,
+        world_size=place.world_size,
+        workers=verdict["workers"],
+        servers=verdict["servers"],
+        algorithm=settings.algorithm,
+        chunk_bytes=settings.chunk_bytes,
+        window_bytes=settings.window_bytes,
+        checksum=settings.checksum,
+        connect_timeout=settings.connect_timeout,
+        timeout=place.timeout,
+        global_ranks=list(options.global_ranks_in_group) or list(range(place.world_size)),
+    )
+    log.info(
+        place.says("%s over %d workers and %d reducers (%s), here at %s"),
+        backend.algorithm,
+        place.world_size,
+        len(verdict["servers"]),
+        ", ".join(verdict["servers"]) or "none",
+        runtime.address,
+    )
+    return backend
+
+
+def _set_log_level(level: str) -> None:
+    log.setLevel(logging.CRITICAL + 1 if level == "off" else level.upper())
+    if not log.handlers and not logging.getLogger().handlers and level in ("info", "debug"):
+        log.addHandler(logging.StreamHandler())
+
+
+def _bind_host(place: _Place, settings: Settings) -> str:
+    """This process' address for others: on the interface that was asked for, or towards the store's host."""
+    store: Any = place.store
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    peer = getattr(store, "host", None) or os.environ.get("MASTER_ADDR") or "127.0.0.1"
+    try:
+        return _core.choose_bind_host(settings.interface, str(peer))
+    except ValueError as error:
+        raise errors.InvalidArgumentError(f"REDUCER_INTERFACE: {error}") from None
+
+
+# ---------------------------------------------------------------- what ranks tell each other
+
+
+def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
+    shared = {"reducer": _core.version, "protocol": str(_core.protocol_version), **settings.shared}
+    entry = {
+        "address": address,
+        "host": place.host,
+        "settings": shared,
+        "chosen": bool(settings.interface),
+    }
+    place.store.set(f"{place.prefix}/entry/{place.rank}", json.dumps(entry))
+
+
+def _publish_failure(place: _Place, error: Exception) -> None:
+    entry = {"host": place.host, "error": str(error), "kind": type(error).__name__}
+    place.store.set(f"{place.prefix}/entry/{place.rank}", json.dumps(entry))
+    if place.rank == 0:
+        _publish_verdict(place, {"error": f"rank 0 ({place.host}): {error}", "kind": type(error).__name__})
+
+
+def _publish_verdict(place: _Place, verdict: dict[str, Any], absent: int = 0) -> None:
+    """Rank 0 tells all. With an error it stays until those that are not `absent` have read it, within limits."""
+    readers = place.world_size - 1 - absent
+    place.store.set(f"{place.prefix}/verdict", json.dumps({**verdict, "readers": readers}))
+    if "error" not in verdict or readers <= 0:
+        return
+    try:
+        place.store.wait([f"{place.prefix}/read"], _FAREWELL)
+    except dist.DistError:
+        log.debug(place.says("not every rank has read the verdict within %s"), _FAREWELL)
+
+
+def _await_verdict(place: _Place) -> dict[str, Any]:
+    try:
+        place.store.wait([f"{place.prefix}/verdict"], place.timeout + _VERDICT_GRACE)
+        verdict: dict[str, Any] = json.loads(place.store.get(f"{place.prefix}/verdict"))
+    except dist.DistStoreError as error:
+        raise errors.TimeoutError(
+            place.says(
+                f"rank 0 did not come within {place.timeout.total_seconds():g} s to make the group; look at its output, "
+                "and make sure that all ranks make the same groups in the same order"
+            )
+        ) from error
+    except dist.DistError as error:
+        raise errors.UnavailableError(
+            place.says(f"the store was lost before rank 0 had made the group; look at its output ({error})")
+        ) from error
+    if "error" in verdict:
+        # The last reader lets rank 0 go.
+        if place.store.add(f"{place.prefix}/reading", 1) >= verdict["readers"]:
+            place.store.set(f"{place.prefix}/read", "1")
+        raise _exception(verdict["kind"], place.says(verdict["error"]))
+    return verdict
+
+
+def _exception(kind: str, text: str) -> Exception:
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, errors.ReducerError):
+        return known(text)
+    return errors.InternalError(text)
+
+
+# ---------------------------------------------------------------- rank 0
+
+
+def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
+    """Reads every rank's entry and decides. Raises what all ranks raise."""
+    absent = 0
+    try:
+        entries = _collect(place)
+        failed = {rank for rank, entry in entries.items() if "error" in entry}
+        absent = len(failed) + place.world_size - len(entries)
+        _check_failures(entries)
+        _check_complete(place, entries)
+        _check_settings(entries)
+        _check_addresses(entries)
+        try:
+            servers = _core.resolve_servers(list(settings.servers))
+        except errors.ReducerError as error:
+            raise type(error)(f"REDUCER_SERVERS: {error}") from None
+    except errors.ReducerError as error:
+        _publish_verdict(place, {"error": str(error), "kind": type(error).__name__}, absent)
+        raise type(error)(place.says(str(error))) from None
+    verdict = {
+        "job": secrets.token_hex(16),
+        "workers": [entries[rank]["address"] for rank in range(place.world_size)],
+        "servers": servers,
+    }
+    _publish_verdict(place, verdict)
+    return verdict
+
+
+def _collect(place: _Place) -> dict[int, dict[str, Any]]:
+    """The ranks' entries: all, or those that are there when one of them has failed or the time is over."""
+    deadline = time.monotonic() + place.timeout.total_seconds()
+    entries: dict[int, dict[str, Any]] = {}
+    missing = list(range(place.world_size))
+    while missing:
+        # A short wait for one rank, so that the failure of another is not noticed only after it.
+        patience = max(0.001, min(0.5, deadline - time.monotonic()))
+        try:
+            place.store.wait([f"{place.prefix}/entry/{missing[0]}"], timedelta(seconds=patience))
+        except dist.DistStoreError:
+            if time.monotonic() >= deadline:
+                break
+        for rank in list(missing):
+            key = f"{place.prefix}/entry/{rank}"
+            if not place.store.check([key]):
+                continue
+            entries[rank] = json.loads(place.store.get(key))
+            missing.remove(rank)
+        if any("error" in entry for entry in entries.values()):
+            break
+    return entries
+
+
+def _check_failures(entries: dict[int, dict[str, Any]]) -> None:
+    failed = {rank: entry for rank, entry in sorted(entries.items()) if "error" in entry}
+    if not failed:
+        return
+    text = "; ".join(f"rank {rank} ({entry['host']}): {entry['error']}" for rank, entry in failed.items())
+    raise _exception(next(iter(failed.values()))["kind"], text)
+
+
+def _check_complete(place: _Place, entries: dict[int, dict[str, Any]]) -> None:
+    missing = [str(rank) for rank in range(place.world_size) if rank not in entries]
+    if missing:
+        raise errors.TimeoutError(
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {place.world_size} did not come within "
+            f"{place.timeout.total_seconds():g} s to make the group; look at their output, and make sure that all ranks "
+            "make the same groups in the same order"
+        )
+
+
+def _check_settings(entries: dict[int, dict[str, Any]]) -> None:
+    differences = []
+    for name in entries[0]["settings"]:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, entry in sorted(entries.items()):
+            ranks_by_value.setdefault(str(entry["settings"].get(name)), []).append(rank)
+        if len(ranks_by_value) > 1:
+            held = [
+                f"'{value}' on rank{'s' if len(ranks) > 1 else ''} "
+                + ", ".join(f"{rank} ({entries[rank]['host']})" for rank in ranks)
+                for value, ranks in ranks_by_value.items()
+            ]
+            differences.append(f"{name} is {' and '.join(held)}")
+    if differences:
+        raise errors.MismatchError(
+            "the group is set up differently on its ranks: "
+            + "; ".join(differences)
+            + ". Make them equal on all ranks."
+        )
+
+
+def _check_addresses(entries: dict[int, dict[str, Any]]) -> None:
+    """Ranks on several hosts cannot meet on loopback addresses."""
+    hosts = {entry["host"].rsplit(":", 1)[0] for entry in entries.values()}
+    unreachable = [
+        f"rank {rank} ({entry['host']}) at {entry['address']}"
+        for rank, entry in sorted(entries.items())
+        if not entry["chosen"] and _is_loopback(entry["address"])
+    ]
+    if len(hosts) > 1 and unreachable:
+        raise errors.InvalidArgumentError(
+            "REDUCER_INTERFACE: the ranks are on several hosts, and these would listen on an address that no other host "
+            f"reaches: {', '.join(unreachable)}; set it to the name or the address of the interface towards the others"
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rsplit(":", 1)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host == socket.gethostname()

@@ -1,0 +1,370 @@
+"""`reducer bench`: collectives timed and checked, several backends side by side in one run.
+
+How a figure comes about, in the manner of NVIDIA's nccl-tests (its PERFORMANCE.md derives algbw and
+busbw, and the factors between them):
+
+* All contenders are groups of the same processes, on the same interface, with the same buffers. At
+  each size they warm up, then take turns in rounds, another one first each time, so that what else
+  happens on the machine meets all of them alike.
+* Each iteration is timed on each rank, from the call until the result is there, and nothing, no
+  barrier either, stands between two iterations. The iteration's time is that of its slowest rank;
+  the table gives the median and the 99th percentile of these (with less than 100 iterations that is
+  the slowest).
+* Inputs are whole numbers, so that the exact result is known beforehand in whatever order it is
+  computed. Every result, of every iteration and rank, is compared with it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from reducer._bench import report, units
+from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome, run_case
+from reducer._bench.formulas import COLLECTIVES, bus_factor
+from reducer._bench.memory_mode import memory_table, run_memory
+from reducer._bench.servers import Server, start_servers, stop_servers
+from reducer._bench.team import JoinedTeam, LocalTeam, Team, join_torchrun
+
+BACKENDS = ("reducer", "gloo", "nccl")
+ALGORITHMS = ("auto", "direct", "server", "mixed", "ring")
+DTYPES = (
+    *("float32", "float64", "float16", "bfloat16"),
+    *("int8", "int16", "int32", "int64", "uint8"),
+)
+OPS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for."""
+
+    backends: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    collective: str
+    dtype: str
+    op: str
+    sizes: tuple[int, ...]
+    servers: tuple[str, ...]
+    timeout_s: float
+    local: bool
+
+
+def bench_command(
+    backend: Annotated[
+        str,
+        typer.Option(help="Backends to run side by side: a list of reducer, gloo and nccl."),
+    ] = "reducer,gloo",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="Algorithms of the backend reducer to run side by side: "
+            "a list of auto, direct, server, mixed and ring."
+        ),
+    ] = "auto",
+    collective: Annotated[
+        str, typer.Option(help=f"What to run: one of {', '.join(COLLECTIVES)}.")
+    ] = "all_reduce",
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Ranks to start on this machine. Under torchrun, its ranks are used instead.",
+        ),
+    ] = 2,
+    reducers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Standalone reducers to start on this machine. "
+            "Without any, those in REDUCER_SERVERS are used, if it is set.",
+        ),
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Element type: one of {', '.join(DTYPES)}.")] = (
+        "float32"
+    ),
+    op: Annotated[str, typer.Option(help=f"Reduction: one of {', '.join(OPS)}.")] = "sum",
+    smallest: Annotated[str, typer.Option("--min", help="Smallest size of the whole tensor.")] = (
+        "4"
+    ),
+    largest: Annotated[str, typer.Option("--max", help="Largest size of the whole tensor.")] = (
+        "256MiB"
+    ),
+    factor: Annotated[int, typer.Option(min=2, help="Each size is so many times the last.")] = 4,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.01, help="Time to spend on each size of each contender, in seconds."),
+    ] = 1.0,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds after which a collective counts as failed.")
+    ] = 60.0,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Instead of times, show how much memory one all-reduce of --memory-size takes "
+            "beyond the tensor, in a worker and in each reducer, and the bound.",
+        ),
+    ] = False,
+    memory_size: Annotated[str, typer.Option(help="Size of the tensor for --memory.")] = "1GiB",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file.")
+    ] = None,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", help="Draw time and bandwidth over size into this file.")
+    ] = None,
+) -> None:
+    """Time collectives and check their results, several backends side by side.
+
+    Starts its ranks on this machine, over the loopback interface. To run over a cluster, start it
+    with torchrun: torchrun ... -m reducer bench. GLOO_SOCKET_IFNAME and REDUCER_INTERFACE then
+    choose the interface.
+    """
+    console = _console()
+    try:
+        plan = Plan(
+            backends=_choices("--backend", backend, BACKENDS),
+            algorithms=_choices("--algorithm", algorithm, ALGORITHMS),
+            collective=_choice("--collective", collective, COLLECTIVES),
+            dtype=_choice("--dtype", dtype, DTYPES),
+            op=_choice("--op", op, OPS),
+            sizes=_sizes(collective, smallest, largest, factor),
+            servers=tuple(filter(None, os.environ.get("REDUCER_SERVERS", "").split(","))),
+            timeout_s=timeout,
+            local=not ("RANK" in os.environ and "WORLD_SIZE" in os.environ),
+        )
+        tensor_bytes = units.parse_size(memory_size)
+        _check_servers(plan, reducers)
+        if not plan.local and reducers:
+            raise ValueError(
+                "--reducers starts them on one machine: under torchrun set REDUCER_SERVERS"
+            )
+    except ValueError as error:
+        console.print(f"[red]error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+    try:
+        if memory:
+            fine = _run_memory(console, plan, ranks, reducers, tensor_bytes, json_file)
+        else:
+            budget = Budget(seconds=seconds, timeout_s=2 * timeout + 10 * seconds)
+            fine = _run_speed(console, plan, ranks, reducers, budget, json_file, png_file)
+    except (*CONTENDER_ERRORS, FileNotFoundError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _run_speed(
+    console: Console,
+    plan: Plan,
+    ranks: int,
+    reducers: int,
+    budget: Budget,
+    json_file: Path | None,
+    png_file: Path | None,
+) -> bool:
+    """Whether every contender that can run here gave right results."""
+    absent: dict[str, str] = {}
+    with _reducers(reducers) as started, _team(ranks) as (team, is_first):
+        if not is_first:
+            return True
+        contenders = _contenders(plan, team, [server.address for server in started])
+        for contender in contenders:
+            contender.open(plan.timeout_s)
+            if contender.failed is not None:
+                absent[contender.name] = contender.failed
+        cases: list[list[Outcome]] = []
+        title = _title(plan, team.world_size, len(started) or len(plan.servers))
+
+        def table(rows_max: int = 10_000) -> Any:
+            return report.bench_table(title, plan.collective, team.world_size, cases, rows_max)
+
+        with Live(console=console, transient=True, refresh_per_second=4) as live:
+            for nbytes in plan.sizes:
+                case = {
+                    "collective": plan.collective,
+                    "dtype": plan.dtype,
+                    "op": plan.op,
+                    "nbytes": nbytes,
+                }
+                cases.append(run_case(contenders, case, budget))
+                live.update(table(max(4, console.height - 8)))
+    console.print(table())
+    notes = [f"{name} does not take part: {why}" for name, why in absent.items()]
+    for note in notes + report.complaints(cases):
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+    factor = bus_factor(plan.collective, team.world_size)
+    if json_file is not None:
+        rows = [
+            report.as_json(outcome, factor, report.ratio_to("gloo", outcome, case))
+            for case in cases
+            for outcome in case
+        ]
+        about = {"title": title, "command": sys.argv, "ranks": team.world_size}
+        about |= {"absent": absent}
+        about |= {"collective": plan.collective, "dtype": plan.dtype, "op": plan.op}
+        report.write_json(json_file, about, rows)
+        console.print(f"figures: {json_file}")
+    if png_file is not None:
+        report.write_bench_png(png_file, title, plan.collective, team.world_size, cases)
+        console.print(f"picture: {png_file}")
+    # A backend that cannot run here is no failure of the run, as long as another did.
+    ran = [outcome for case in cases for outcome in case if outcome.measured]
+    return bool(ran) and all(outcome.ok for outcome in ran)
+
+
+def _run_memory(
+    console: Console,
+    plan: Plan,
+    ranks: int,
+    reducers: int,
+    nbytes: int,
+    json_file: Path | None,
+) -> bool:
+    findings = []
+    with _reducers(reducers) as started:
+        addresses = [server.address for server in started]
+        pids = [server.child.pid for server in started]
+        for name in [contender.name for contender in _contenders(plan, _NoTeam(), addresses)]:
+            # Processes of its own for each: what one leaves in its heap is not the next one's.
+            with _team(ranks) as (team, is_first):
+                if not is_first:
+                    continue
+                contenders = _contenders(plan, team, addresses)
+                contender = next(other for other in contenders if other.name == name)
+                contender.open(plan.timeout_s)
+                findings.append(run_memory(contender, nbytes, pids, plan.timeout_s))
+    if not findings:
+        return True
+    console.print(memory_table(nbytes, findings))
+    for finding in findings:
+        if finding.error is not None:
+            console.print(f"[yellow]note:[/] {finding.contender}: {escape(finding.error)}")
+    if json_file is not None:
+        about = {"command": sys.argv, "ranks": ranks, "bytes": nbytes}
+        report.write_json(json_file, about, [finding.as_json() for finding in findings])
+        console.print(f"figures: {json_file}")
+    return all(finding.ok for finding in findings)
+
+
+class _NoTeam:
+    """Stands where contenders are only counted."""
+
+    world_size = 0
+
+    def call(self, command: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        raise AssertionError("no rank was started")
+
+    def close(self) -> None:
+        return
+
+
+def _contenders(plan: Plan, team: Team, started: Sequence[str]) -> list[Contender]:
+    """The backends asked for, `reducer` once per algorithm."""
+    servers = ",".join(started or plan.servers)
+    local = {"GLOO_SOCKET_IFNAME": "lo", "REDUCER_INTERFACE": "lo"} if plan.local else {}
+    contenders = []
+    for backend in plan.backends:
+        if backend != "reducer":
+            contenders.append(Contender(backend, backend, team, local))
+            continue
+        for algorithm in plan.algorithms:
+            alone = algorithm in ("direct", "ring")
+            environment = {
+                **local,
+                "REDUCER_ALGORITHM": algorithm,
+                "REDUCER_SERVERS": "" if alone else servers,
+            }
+            contenders.append(Contender(f"reducer {algorithm}", backend, team, environment))
+    return contenders
+
+
+@contextmanager
+def _reducers(count: int) -> Iterator[list[Server]]:
+    servers = start_servers(count)
+    try:
+        yield servers
+    finally:
+        stop_servers(servers)
+
+
+@contextmanager
+def _team(ranks: int) -> Iterator[tuple[Team, bool]]:
+    """The ranks, and whether this process commands them. Under torchrun others only follow."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        joined, rank = join_torchrun()
+        if rank != 0:
+            joined.follow()
+            yield joined, False
+            return
+        with _closing(joined):
+            yield joined, True
+        return
+    started = LocalTeam("bench", ranks, environment={"GLOO_SOCKET_IFNAME": "lo"})
+    with _closing(started):
+        started.meet("127.0.0.1", 120.0)
+        # The first group of a process is the one that torch calls the default one: nobody's.
+        Contender("default", "gloo", started).open(60.0)
+        yield started, True
+
+
+@contextmanager
+def _closing(team: LocalTeam | JoinedTeam) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        team.close()
+
+
+def _check_servers(plan: Plan, reducers: int) -> None:
+    needing = [name for name in plan.algorithms if name in ("server", "mixed")]
+    if "reducer" in plan.backends and needing and not (reducers or plan.servers):
+        raise ValueError(
+            f"the algorithm {needing[0]} needs standalone reducers: "
+            "say --reducers 2, or set REDUCER_SERVERS"
+        )
+
+
+def _choice(option: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        raise ValueError(f"{option} {text!r} is not known: choose from {', '.join(known)}")
+    return text
+
+
+def _choices(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    items = [_choice(option, item.strip(), known) for item in text.split(",")]
+    return tuple(dict.fromkeys(items))
+
+
+def _sizes(collective: str, smallest: str, largest: str, factor: int) -> tuple[int, ...]:
+    if collective == "barrier":
+        return (0,)
+    first, last = units.parse_size(smallest), units.parse_size(largest)
+    return tuple(units.size_range(first, last, factor))
+
+
+def _title(plan: Plan, ranks: int, reducers: int) -> str:
+    what = plan.collective if plan.collective == "barrier" else f"{plan.collective} of {plan.dtype}"
+    if plan.collective in ("all_reduce", "reduce", "reduce_scatter"):
+        what += f" ({plan.op})"
+    where = "one machine, loopback" if plan.local else "under torchrun"
+    return f"{what}, {ranks} ranks, {reducers} standalone reducers, {where}"
+
+
+def _console() -> Console:
+    """A console that does not squeeze the table when its output goes into a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

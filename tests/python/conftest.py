@@ -1,0 +1,30 @@
+"""Fixtures that the Python tests share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import ranks as harness
+
+
+@pytest.fixture(name="run_ranks")
+def fixture_run_ranks() -> Callable[..., list[object]]:
+    """`run_ranks(n, function, *arguments, env=..., timeout=...)`: real processes in one group, results by rank."""
+    return harness.run_ranks
+
+
+@pytest.fixture
+def reducers() -> Iterator[Callable[..., list[str]]]:
+    """`reducers(k, *options)`: addresses of `k` standalone reducers, which end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count, *options: stack.enter_context(harness.standalone_reducers(count, *options))
+
+
+@pytest.fixture(scope="module")
+def module_reducers() -> Iterator[Callable[..., list[str]]]:
+    """The same, ending with the module."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count, *options: stack.enter_context(harness.standalone_reducers(count, *options))
