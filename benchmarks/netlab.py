@@ -1,315 +1,267 @@
-"""All-reduce on an emulated cluster: Gloo and every algorithm of `reducer`, each beside its bound.
+"""An emulated cluster of rate-limited hosts on one machine: Gloo against every way of this backend.
 
-Each host is a network namespace whose NIC is limited to a rate each way (see _netlab/cluster.py). In
-one run, on the same hosts and interface, every contender gets its own worker processes, one per
-host, which stay up and wait on a pipe while others are measured. At each size all warm up, then take
-turns in rounds. Each iteration is timed on every rank, from call to result, and counts as its
-slowest rank; nothing stands between two iterations. Every result is compared with the exact one.
-
-The bound is what docs/algorithms.md derives for the contender from the line rate, and the line rate
-is what one plain TCP connection carries between two of the hosts in the same run. The commands that
-drive the ranks go through Unix sockets, so they do not touch the limited network.
+Each host is a network namespace whose NIC is limited in both directions; reducers have hosts of their
+own. All contenders run on the same hosts in one run, in turns, so that noise of the machine hits them
+alike; every result is checked exactly. Needs Linux, root, iproute2.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import netlab_cluster
 import typer
-from _netlab import line
-from _netlab.cluster import INTERFACE, Cluster, ClusterError, Host
-from _netlab.report import Setting, json_rows, netlab_table, write_png
+from netlab_cluster import Cluster, NetlabError
+from netlab_contender import CONTENDERS, Contender, stop_all
+from netlab_line import line_rate
+from netlab_report import Samples, draw, make_json, make_rows, make_table
+from netlab_worker import Turn
 from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
+from rich.progress import Progress
 
-from reducer._bench import units
-from reducer._bench.contest import (
-    CONTENDER_ERRORS,
-    Budget,
-    Contender,
-    Outcome,
-    run_case,
-)
-from reducer._bench.processes import ChildError
-from reducer._bench.report import complaints, write_json
-from reducer._bench.servers import Server, stop_servers
-from reducer._bench.team import LocalTeam
+from reducer._bench.units import parse_rate, parse_sizes
 
-CONTENDERS = ("gloo", "ring", "direct", "server", "mixed")
-#: Part of the nominal rate that TCP's payload makes of full Ethernet frames of 1500 bytes.
-_PAYLOAD_SHARE = 0.955
-_START_S = 240.0
+EXIT_FAILED = 1
+EXIT_NOT_HERE = 2
+# So much at a time between two checks of the results: enough to time, little enough to hold.
+_TURN_BYTES_MAX = 64 << 20
+_TURN_COUNT_MAX = 40
+_ROUNDS_MIN = 3
+_LOG_COLUMNS = 110
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What was asked for."""
+class Setting:
+    """What a run was asked to do; sizes in bytes, `rate` as `tc` writes it (None: no limit)."""
 
     workers: int
     reducers: int
     rate: str | None
     sizes: tuple[int, ...]
     contenders: tuple[str, ...]
-    budget: Budget
+    rounds: int | None
+    budget_s: float
+    threads: int
+    output: Path
 
-    @property
-    def collective_timeout_s(self) -> float:
-        """Time after which a collective has failed: many times what a ring needs."""
-        if self.rate is None:
-            return 60.0
-        return max(60.0, 20 * 2 * max(self.sizes) * 8 / units.parse_rate(self.rate))
+
+def cpu_times() -> tuple[float, float]:
+    """(busy, all) CPU seconds of the machine since it started, in ticks, from /proc/stat."""
+    with open("/proc/stat", encoding="ascii") as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return float(sum(ticks) - idle), float(sum(ticks))
+
+
+def turn_count(nbytes: int) -> int:
+    """How many all-reduces of `nbytes` a contender runs before the next one has its turn."""
+    return max(1, min(_TURN_COUNT_MAX, _TURN_BYTES_MAX // (4 * nbytes)))
+
+
+def turn_seconds_max(nbytes: int, count: int, workers: int, rate: str | None) -> float:
+    """The deadline of a turn: ten times what a ring's worth of bytes takes, and never under 60 s."""
+    rate_bits = 1e9 if rate is None else parse_rate(rate)
+    return 60.0 + 10 * 2 * workers * 8 * nbytes * count / rate_bits
+
+
+def size_budgets(sizes: Sequence[int], budget_s: float) -> dict[int, float]:
+    """Seconds for each size: large ones need more, small ones still get their share."""
+    weights = {size: 1.0 + (size / (1 << 20)) ** 0.5 for size in sizes}
+    whole = sum(weights.values())
+    return {size: budget_s * weight / whole for size, weight in weights.items()}
+
+
+def server_binary() -> Path:
+    """The standalone reducer's binary, in the package. NetlabError if it has not been built."""
+    import reducer
+
+    path = Path(reducer.__path__[0]) / "bin" / "reducer-server"
+    if not os.access(path, os.X_OK):
+        raise NetlabError(f"{path} is missing: build it first with `make setup`")
+    return path
+
+
+def start_contenders(setting: Setting, cluster: Cluster, started: list[Contender], note: Callable[[str], None]) -> None:
+    """Starts every contender, each with processes of its own. One that fails is noted, and left out."""
+    workers = [label for label in cluster.labels if label.startswith("w")]
+    reducers = [label for label in cluster.labels if label.startswith("r")]
+    for name in setting.contenders:
+        contender = Contender(name, cluster)
+        started.append(contender)
+        note(f"starting {name}")
+        try:
+            if name in ("server", "mixed") and reducers:
+                contender.start_reducers(server_binary(), reducers, setting.threads)
+            contender.start_workers(workers, "gloo" if name == "gloo" else "reducer", {})
+        except NetlabError as error:
+            _fail(contender, error, note)
+
+
+def _fail(contender: Contender, error: NetlabError, note: Callable[[str], None]) -> None:
+    contender.failure = str(error)
+    note(f"[red]{error}[/red]")
+    contender.stop()
+
+
+def measure(setting: Setting, contenders: Sequence[Contender], progress: Progress) -> list[Samples]:
+    """Runs the contenders in turns, size by size, until each size's share of the budget is spent."""
+    budgets = size_budgets(setting.sizes, setting.budget_s)
+    everything: list[Samples] = []
+    task = progress.add_task("measuring", total=setting.budget_s)
+    spent = 0.0
+    for nbytes in setting.sizes:
+        samples = {each.name: Samples(nbytes, each.name) for each in contenders}
+        everything.extend(samples.values())
+        begin = time.monotonic()
+        done = 0
+        while True:
+            for contender in contenders:
+                if contender.failure is None:
+                    _one_turn(setting, contender, samples[contender.name], done == 0, progress)
+                elapsed = min(time.monotonic() - begin, budgets[nbytes])
+                progress.update(task, completed=spent + elapsed)
+            done += 1
+            if done > (setting.rounds or _ROUNDS_MIN) - 1 and (
+                setting.rounds is not None or time.monotonic() - begin >= budgets[nbytes]
+            ):
+                break
+        spent += budgets[nbytes]
+        progress.update(task, completed=spent)
+    return everything
+
+
+def _one_turn(setting: Setting, contender: Contender, into: Samples, is_warm_up: bool, progress: Progress) -> None:
+    count = turn_count(into.nbytes)
+    seconds_max = turn_seconds_max(into.nbytes, count, setting.workers, setting.rate)
+    busy, total = cpu_times()
+    try:
+        if is_warm_up:
+            into.wrong += contender.run(Turn(into.nbytes, 1), seconds_max)[1]
+            busy, total = cpu_times()
+        seconds, wrong = contender.run(Turn(into.nbytes, count), seconds_max)
+    except NetlabError as error:
+        _fail(contender, error, lambda text: progress.console.print(text))
+        return
+    busy_after, total_after = cpu_times()
+    into.seconds.extend(seconds)
+    into.wrong += wrong
+    into.cpu_busy += busy_after - busy
+    into.cpu_total += total_after - total
+
+
+def run(setting: Setting, console: Console) -> int:
+    """The whole run; its exit code. Everything that it made is gone when it returns or raises."""
+    for name in netlab_cluster.remove_leftovers():
+        console.print(f"removed {name}, left over from a run that was killed")
+    labels = [f"w{i}" for i in range(setting.workers)] + [f"r{i}" for i in range(setting.reducers)]
+    contenders: list[Contender] = []
+    limit = setting.rate or "no limit"
+    with Cluster(labels, setting.rate) as cluster:
+        line = line_rate(cluster, labels[0], labels[-1])
+        console.print(
+            f"{setting.workers} workers and {setting.reducers} reducers ({limit} each); "
+            f"one plain TCP stream moves {line / 1e9:.3f} Gbit/s"
+        )
+        try:
+            start_contenders(setting, cluster, contenders, console.print)
+            with Progress(console=console, transient=True) as progress:
+                samples = measure(setting, contenders, progress)
+        except BaseException as error:
+            for contender in contenders:
+                contender.failure = contender.failure or f"{contender.name}: {error!r}"
+            raise
+        finally:
+            stop_all(contenders, console.print)
+    rows = make_rows(samples, setting.workers, setting.reducers, line if setting.rate is not None else None)
+    title = f"all-reduce, {setting.workers} workers + {setting.reducers} reducers, {limit} per host"
+    console.print(make_table(rows, title))
+    facts = {
+        "workers": setting.workers,
+        "reducers": setting.reducers,
+        "rate": setting.rate,
+        "line_bit_s": line,
+        "failures": {each.name: each.failure for each in contenders if each.failure},
+    }
+    setting.output.mkdir(parents=True, exist_ok=True)
+    (setting.output / "netlab.json").write_text(json.dumps(make_json(rows, facts), indent=1) + "\n")
+    picture = setting.output / "netlab.png"
+    if rows:
+        draw(rows, line, title, picture)
+        console.print(f"wrote {picture} and {setting.output / 'netlab.json'}")
+    for contender in contenders:
+        if contender.failure is not None:
+            console.print(f"[red]failed:[/red] {contender.failure}")
+    failed = any(row.wrong for row in rows) or any(each.failure for each in contenders)
+    return EXIT_FAILED if failed else 0
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    # The clean-up is bounded by deadlines; an impatient second Ctrl-C must not cut it short.
+    for each in netlab_cluster.ENDING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    # Raised where the main thread stands, so that every `finally` and `with` cleans up.
+    raise SystemExit(128 + number)
 
 
 def main(
-    workers: Annotated[int, typer.Option(min=2, help="Emulated hosts that train.")] = 8,
-    reducers: Annotated[
-        int, typer.Option(min=0, help="Emulated hosts that reduce.")
-    ] = 8,
-    rate: Annotated[
-        str, typer.Option(help="Rate of each host's NIC, each way.")
-    ] = "1gbit",
-    sizes: Annotated[str, typer.Option(help="Sizes of the tensor.")] = (
-        "1KiB,64KiB,1MiB,16MiB,64MiB"
-    ),
-    contenders: Annotated[
-        str, typer.Option(help=f"Who takes part: a list of {', '.join(CONTENDERS)}.")
-    ] = ",".join(CONTENDERS),
-    seconds: Annotated[
-        float,
-        typer.Option(min=0.1, help="Time for each size of each contender, in seconds."),
-    ] = 6.0,
-    no_limit: Annotated[
-        bool,
-        typer.Option(
-            "--no-limit", help="No rate limit: how much this machine can carry."
-        ),
-    ] = False,
-    pairs_only: Annotated[
-        bool,
-        typer.Option(
-            "--pairs-only",
-            help="Only show what plain TCP carries in all pairs of hosts at once, both ways.",
-        ),
-    ] = False,
-    out: Annotated[
-        Path, typer.Option(help="Folder for netlab.json and netlab.png.")
-    ] = Path("out"),
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Worker hosts.")] = 8,
+    reducers: Annotated[int, typer.Option(min=0, max=64, help="Hosts with a reducer.")] = 8,
+    rate: Annotated[str, typer.Option(help="Each host's NIC, as tc writes it.")] = "1gbit",
+    sizes: Annotated[str, typer.Option(help="Tensors.")] = "1KiB,64KiB,1MiB,16MiB,64MiB",
+    contenders: Annotated[str, typer.Option(help="Who runs.")] = ",".join(CONTENDERS),
+    iterations: Annotated[int | None, typer.Option(min=1, help="Rounds per size, instead of a time budget.")] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 180.0,
+    limited: Annotated[bool, typer.Option("--limit/--no-limit", help="Limit the NICs.")] = True,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a reducer.")] = 1,
+    output: Annotated[Path, typer.Option(help="Where JSON and picture go.")] = Path("out"),
 ) -> None:
-    """All-reduce on an emulated cluster of rate-limited hosts. Needs root."""
-    console = _console()
+    """Gloo against ring, direct, server and mixed on emulated hosts with limited NICs."""
+    # A log file is no terminal, and has room for the whole table.
+    console = Console() if sys.stdout.isatty() else Console(width=_LOG_COLUMNS)
     try:
-        plan = make_plan(
-            workers, reducers, None if no_limit else rate, sizes, contenders, seconds
+        names = tuple(name.strip() for name in contenders.split(",") if name.strip())
+        unknown = [name for name in names if name not in CONTENDERS]
+        if unknown or not names:
+            raise ValueError(f"contenders are {', '.join(CONTENDERS)}, not {', '.join(unknown)!r}")
+        if reducers == 0:
+            names = tuple(name for name in names if name not in ("server", "mixed"))
+        parse_rate(rate)
+        setting = Setting(
+            workers=workers,
+            reducers=reducers,
+            rate=rate if limited else None,
+            sizes=tuple(parse_sizes(sizes)),
+            contenders=names,
+            rounds=iterations,
+            budget_s=budget,
+            threads=threads,
+            output=output,
         )
     except ValueError as error:
-        console.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
+        raise typer.BadParameter(str(error)) from error
+    reason = netlab_cluster.why_not()
+    if reason is not None:
+        print(f"netlab cannot run here: {reason}", file=sys.stderr)
+        raise SystemExit(EXIT_NOT_HERE)
+    for each in netlab_cluster.ENDING_SIGNALS:
+        signal.signal(each, _terminate)
     try:
-        with _cleaning_up(), Cluster(workers + reducers, plan.rate) as cluster:
-            if pairs_only:
-                _show_pairs(console, plan, cluster)
-                return
-            fine = _run(console, plan, cluster, out)
-    except ClusterError as error:
-        console.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
-    except (*CONTENDER_ERRORS, FileNotFoundError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("interrupted; the emulated cluster is removed")
-        raise typer.Exit(130) from None
-    if not fine:
-        raise typer.Exit(1)
-
-
-def make_plan(
-    workers: int,
-    reducers: int,
-    rate: str | None,
-    sizes: str,
-    contenders: str,
-    seconds: float,
-) -> Plan:
-    """ValueError says which option is wrong."""
-    if rate is not None:
-        units.parse_rate(rate)
-    names = tuple(dict.fromkeys(name.strip() for name in contenders.split(",")))
-    for name in names:
-        if name not in CONTENDERS:
-            raise ValueError(
-                f"contender {name!r} is not known: choose from {', '.join(CONTENDERS)}"
-            )
-    if reducers == 0:
-        names = tuple(name for name in names if name not in ("server", "mixed"))
-    if not names:
-        raise ValueError("server and mixed need standalone reducers: say --reducers 8")
-    return Plan(
-        workers=workers,
-        reducers=reducers,
-        rate=rate,
-        sizes=tuple(units.parse_sizes(sizes)),
-        contenders=names,
-        budget=Budget(seconds=seconds, iterations_max=300),
-    )
-
-
-def _run(console: Console, plan: Plan, cluster: Cluster, out: Path) -> bool:
-    """Whether every contender ran, with right results."""
-    worker_hosts = cluster.hosts[: plan.workers]
-    setting = _setting(console, plan, worker_hosts)
-    with contextlib.ExitStack() as stack:
-        servers = _start_servers(stack, cluster.hosts[plan.workers :], plan)
-        console.print(
-            f"starting {plan.workers} ranks for each of {', '.join(plan.contenders)}",
-            style="dim",
-        )
-        contenders = _start_contenders(stack, plan, worker_hosts, servers)
-        for contender in contenders:
-            if contender.failed is not None:
-                note = f"{contender.name} does not take part: {contender.failed}"
-                console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
-        cases = _measure(console, plan, setting, contenders)
-    console.print(netlab_table(setting, cases, 10_000))
-    for complaint in complaints(cases):
-        console.print(f"[yellow]note:[/] {escape(complaint)}", highlight=False)
-    about = {
-        "title": setting.title,
-        "command": sys.argv,
-        "workers": plan.workers,
-        "reducers": plan.reducers,
-        "rate": plan.rate,
-        "line_bytes_per_s": setting.line,
-        "cores": os.cpu_count(),
-        "absent": {c.name: c.failed for c in contenders if c.failed is not None},
-    }
-    write_json(out / "netlab.json", about, json_rows(setting, cases))
-    write_png(out / "netlab.png", setting, cases)
-    console.print(f"figures: {out / 'netlab.json'}\npicture: {out / 'netlab.png'}")
-    complete = all(contender.failed is None for contender in contenders)
-    return complete and all(outcome.ok for case in cases for outcome in case)
-
-
-def _setting(console: Console, plan: Plan, hosts: Sequence[Host]) -> Setting:
-    [carried] = line.measure([(hosts[0], hosts[1])])
-    text = f"line rate: one TCP connection carries {carried * 8 / 1e9:.3f} Gbit/s"
-    if plan.rate is not None:
-        nominal = _PAYLOAD_SHARE * units.parse_rate(plan.rate) / 1e9
-        text += f" ({_PAYLOAD_SHARE} of {plan.rate} is {nominal:.3f})"
-    console.print(text, highlight=False)
-    return Setting(plan.workers, plan.reducers, plan.rate, carried)
-
-
-def _show_pairs(console: Console, plan: Plan, cluster: Cluster) -> None:
-    hosts = cluster.hosts
-    pairs = list(zip(hosts[::2], hosts[1::2], strict=False))
-    rates = line.measure([*pairs, *((target, source) for source, target in pairs)])
-    slowest, fastest = min(rates) * 8 / 1e9, max(rates) * 8 / 1e9
-    console.print(
-        f"{len(pairs)} pairs, both ways at once, NICs of {plan.rate or 'any rate'}: "
-        f"{slowest:.3f} to {fastest:.3f} Gbit/s each way",
-        highlight=False,
-    )
-
-
-def _start_servers(
-    stack: contextlib.ExitStack, hosts: Sequence[Host], plan: Plan
-) -> list[Server]:
-    servers: list[Server] = []
-    if any(name in ("server", "mixed") for name in plan.contenders):
-        stack.callback(stop_servers, servers)
-        for number, host in enumerate(hosts):
-            name = f"reducer {number} at {host.address}"
-            servers.append(Server(name, f"{host.address}:0", prefix=host.prefix))
-    return servers
-
-
-def _start_contenders(
-    stack: contextlib.ExitStack,
-    plan: Plan,
-    hosts: Sequence[Host],
-    servers: Sequence[Server],
-) -> list[Contender]:
-    """Ranks of their own for each, started together; one that cannot run says so in `failed`."""
-    contenders = []
-    for name in plan.contenders:
-        team = LocalTeam(name, len(hosts), prefixes=[host.prefix for host in hosts])
-        stack.callback(team.close)
-        environment = {"GLOO_SOCKET_IFNAME": INTERFACE, "REDUCER_INTERFACE": INTERFACE}
-        if name == "gloo":
-            contenders.append(Contender(name, "gloo", team, environment))
-            continue
-        addresses = (
-            [server.address for server in servers]
-            if name in ("server", "mixed")
-            else []
-        )
-        environment["REDUCER_ALGORITHM"] = name
-        environment["REDUCER_SERVERS"] = ",".join(addresses)
-        contenders.append(Contender(f"reducer {name}", "reducer", team, environment))
-    for contender in contenders:
-        assert isinstance(contender.team, LocalTeam)
-        try:
-            contender.team.meet(hosts[0].address, _START_S)
-        except ChildError as error:
-            contender.failed = str(error)
-            continue
-        contender.open(plan.collective_timeout_s)
-    return contenders
-
-
-def _measure(
-    console: Console, plan: Plan, setting: Setting, contenders: Sequence[Contender]
-) -> list[list[Outcome]]:
-    cases: list[list[Outcome]] = []
-    with Live(console=console, transient=True, refresh_per_second=2) as live:
-        for nbytes in plan.sizes:
-            case = {
-                "collective": "all_reduce",
-                "dtype": "float32",
-                "op": "sum",
-                "nbytes": nbytes,
-            }
-            cases.append(run_case(contenders, case, plan.budget))
-            live.update(netlab_table(setting, cases, max(4, console.height - 8)))
-    return cases
-
-
-@contextlib.contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that the way out is the same as for Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # A second signal must not interrupt the cleaning up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _console() -> Console:
-    """A console that does not squeeze the table when its output goes into a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=130)
+        code = run(setting, console)
+    except NetlabError as error:
+        console.print(f"[red]{error}[/red]")
+        code = EXIT_FAILED
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

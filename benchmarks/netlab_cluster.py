@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 PREFIX = "rnetlab"
 INTERFACE = "eth0"
@@ -46,9 +45,7 @@ def enter_namespace(name: str) -> None:
     with (_NETNS_DIRECTORY / name).open("rb") as handle:
         if _libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
             code = ctypes.get_errno()
-            raise OSError(
-                code, f"cannot enter network namespace {name}: {os.strerror(code)}"
-            )
+            raise OSError(code, f"cannot enter network namespace {name}: {os.strerror(code)}")
 
 
 @contextmanager
@@ -86,9 +83,7 @@ def _command(arguments: list[str], text: str | None = None) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise NetlabError(
-            f"`{' '.join(arguments)}` took over {error.timeout} s"
-        ) from error
+        raise NetlabError(f"`{' '.join(arguments)}` took over {error.timeout} s") from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()
         raise NetlabError(f"`{' '.join(arguments)}` failed: {said}")
@@ -116,9 +111,7 @@ def namespaces() -> list[str]:
     if not _NETNS_DIRECTORY.is_dir():
         return []
     pattern = re.compile(rf"^{PREFIX}-\d+-\w+$")
-    return sorted(
-        path.name for path in _NETNS_DIRECTORY.iterdir() if pattern.match(path.name)
-    )
+    return sorted(path.name for path in _NETNS_DIRECTORY.iterdir() if pattern.match(path.name))
 
 
 def _is_live_run(pid: int) -> bool:
@@ -127,10 +120,7 @@ def _is_live_run(pid: int) -> bool:
     except OSError:
         return False
     # A process id is used again one day: only a Python process can be a netlab run.
-    return any(
-        b"python" in word or b"pytest" in word or b"netlab" in word
-        for word in words[:2]
-    )
+    return any(b"python" in word or b"pytest" in word or b"netlab" in word for word in words[:2])
 
 
 def remove_leftovers() -> list[str]:
@@ -138,9 +128,7 @@ def remove_leftovers() -> list[str]:
     removed = []
     for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
         owner = directory.name.removeprefix(f"{PREFIX}-")
-        if owner.isdigit() and (
-            int(owner) == os.getpid() or not _is_live_run(int(owner))
-        ):
+        if owner.isdigit() and (int(owner) == os.getpid() or not _is_live_run(int(owner))):
             shutil.rmtree(directory, ignore_errors=True)
             removed.append(str(directory))
     for name in namespaces():
@@ -171,7 +159,7 @@ class Cluster:
         index = self.labels.index(label) + 1
         return f"10.77.{index // 250}.{index % 250 + 1}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Cluster:
         try:
             self._build()
         except BaseException:
@@ -195,9 +183,7 @@ class Cluster:
         for index, label in enumerate(self.labels):
             port = f"port{index}"
             host = self.namespace(label)
-            lines.append(
-                f"link add {port} type veth peer name {INTERFACE} netns {host}"
-            )
+            lines.append(f"link add {port} type veth peer name {INTERFACE} netns {host}")
             lines.append(f"link set {port} master br0")
             lines.append(f"link set {port} up")
         _command(["ip", "-n", switch, "-batch", "-"], "\n".join(lines) + "\n")
@@ -216,9 +202,7 @@ class Cluster:
 
     def _limit(self, rate: str) -> None:
         discipline = _LIMIT.format(rate=rate)
-        ports = [
-            f"qdisc add dev port{i} root {discipline}" for i in range(len(self.labels))
-        ]
+        ports = [f"qdisc add dev port{i} root {discipline}" for i in range(len(self.labels))]
         switch = self.namespace("switch")
         _command(["tc", "-n", switch, "-batch", "-"], "\n".join(ports) + "\n")
         for label in self.labels:

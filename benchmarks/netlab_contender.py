@@ -68,16 +68,14 @@ class Contender:
                     stderr=subprocess.DEVNULL,
                     text=True,
                     # Single-threaded, as netlab is, it may run Python between fork and exec.
-                    preexec_fn=partial(become_child, namespace),  # noqa: PLW1509
+                    preexec_fn=partial(become_child, namespace),
                 )
                 self.reducers.append(Reducer(process, address))
         deadline = time.monotonic() + START_SECONDS_MAX
         for reducer in self.reducers:
             reducer.address = _ready_address(reducer.process, deadline)
 
-    def start_workers(
-        self, labels: Sequence[str], backend: str, extra: dict[str, str]
-    ) -> None:
+    def start_workers(self, labels: Sequence[str], backend: str, extra: dict[str, str]) -> None:
         """Forks a worker into each host of `labels` and waits until their group exists."""
         environment = {
             "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -86,9 +84,7 @@ class Contender:
         }
         if backend == "reducer":
             environment["REDUCER_ALGORITHM"] = self.name
-        environment["REDUCER_SERVERS"] = ",".join(
-            reducer.address for reducer in self.reducers
-        )
+        environment["REDUCER_SERVERS"] = ",".join(reducer.address for reducer in self.reducers)
         for rank, label in enumerate(labels):
             plan = WorkerPlan(
                 backend=backend,
@@ -108,10 +104,7 @@ class Contender:
         self._gather("prepare", seconds_max)
         self._tell("go")
         results: list[TurnResult] = self._gather("all-reduce", seconds_max)
-        slowest = [
-            max(each)
-            for each in zip(*(result.seconds for result in results), strict=True)
-        ]
+        slowest = [max(each) for each in zip(*(result.seconds for result in results), strict=True)]
         return slowest, sum(result.wrong for result in results)
 
     def _tell(self, message: object) -> None:
@@ -119,9 +112,7 @@ class Contender:
             try:
                 worker.connection.send(message)
             except OSError as error:
-                raise NetlabError(
-                    f"{self.name}: rank {worker.plan.rank} is gone"
-                ) from error
+                raise NetlabError(f"{self.name}: rank {worker.plan.rank} is gone") from error
 
     def _gather(self, what: str, seconds_max: float) -> list[Any]:
         """One answer of every worker, by rank. The first failure, or the deadline, is a NetlabError."""
@@ -132,21 +123,15 @@ class Contender:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
-                raise NetlabError(
-                    f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s"
-                )
+                raise NetlabError(f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s")
             for connection in ready:
                 rank = waiting.pop(connection)  # type: ignore[call-overload]
                 try:
                     answers[rank] = connection.recv()  # type: ignore[union-attr]
                 except (EOFError, OSError) as error:
-                    raise NetlabError(
-                        f"{self.name}: rank {rank} died during `{what}`"
-                    ) from error
+                    raise NetlabError(f"{self.name}: rank {rank} died during `{what}`") from error
                 if isinstance(answers[rank], WorkerFailure):
-                    raise NetlabError(
-                        f"{self.name}: rank {rank}: {answers[rank].message}"
-                    )
+                    raise NetlabError(f"{self.name}: rank {rank}: {answers[rank].message}")
         return [answers[rank] for rank in sorted(answers)]
 
     def stop(self) -> None:
@@ -171,7 +156,7 @@ def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
     """The address in the reducer's line "reducer ready on HOST:PORT (...)"."""
     assert process.stdout is not None
     left = max(0.0, deadline - time.monotonic())
-    if not wait([process.stdout], timeout=left):
+    if not wait([process.stdout.fileno()], timeout=left):
         raise NetlabError("a reducer did not say within the deadline that it is ready")
     line = process.stdout.readline()
     words = line.split()

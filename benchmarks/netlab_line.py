@@ -44,9 +44,7 @@ def _send(namespace: str, address: str, port: int) -> None:
             return  # the receiver has seen enough and closed
 
 
-def line_rate(
-    cluster: Cluster, source: str, target: str, seconds: float = 2.0
-) -> float:
+def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) -> float:
     """bit/s of one TCP stream from host `source` to host `target`, as its receiver counts them."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -64,15 +62,11 @@ def line_rate(
         if not ours.poll(_DEADLINE_SECONDS):
             raise NetlabError("the line's receiver did not start")
         port = ours.recv()
-        sender = context.Process(
-            target=_send, args=(cluster.namespace(source), address, port), daemon=True
-        )
+        sender = context.Process(target=_send, args=(cluster.namespace(source), address, port), daemon=True)
         with signals_held():
             sender.start()
         if not ours.poll(_DEADLINE_SECONDS):
-            raise NetlabError(
-                f"no TCP stream from {source} to {target} in {_DEADLINE_SECONDS} s"
-            )
+            raise NetlabError(f"no TCP stream from {source} to {target} in {_DEADLINE_SECONDS} s")
         return float(ours.recv())
     except EOFError as error:
         raise NetlabError(f"the TCP stream from {source} to {target} broke") from error

@@ -44,25 +44,15 @@ class Row:
     wrong: int
 
 
-def make_rows(
-    samples: Sequence[Samples], workers: int, reducers: int, line: float | None
-) -> list[Row]:
+def make_rows(samples: Sequence[Samples], workers: int, reducers: int, line: float | None) -> list[Row]:
     """Rows in the order of `samples`. `line` is the line rate in bit/s; None: no limit, no bounds."""
     measured = [each for each in samples if each.seconds]
-    gloo = {
-        each.nbytes: median(each.seconds)
-        for each in measured
-        if each.contender == "gloo"
-    }
+    gloo = {each.nbytes: median(each.seconds) for each in measured if each.contender == "gloo"}
     rows = []
     for each in measured:
         middle = median(each.seconds)
         algbw = 8 * each.nbytes / middle
-        bound = (
-            None
-            if line is None
-            else line * all_reduce_bound(each.contender, workers, reducers)
-        )
+        bound = None if line is None else line * all_reduce_bound(each.contender, workers, reducers)
         rows.append(
             Row(
                 nbytes=each.nbytes,
@@ -144,9 +134,7 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
 
     names = list(dict.fromkeys(row.contender for row in rows))
     sizes = sorted({row.nbytes for row in rows})
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 4.8), layout="constrained"
-    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for name in names:
         mine = [row for row in rows if row.contender == name]
         colour = _COLOURS.get(name)
@@ -154,9 +142,7 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
         left.plot(xs, [row.algbw / 1e9 for row in mine], "o-", color=colour, label=name)
     bounds: dict[float, list[str]] = {}
     for row in rows:
-        if row.bound is not None and row.contender not in bounds.setdefault(
-            row.bound, []
-        ):
+        if row.bound is not None and row.contender not in bounds.setdefault(row.bound, []):
             bounds[row.bound].append(row.contender)
     for bound, whose in bounds.items():
         left.axhline(bound / 1e9, color="#555555", linestyle=":", linewidth=1)
@@ -178,9 +164,7 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
     pyplot.close(figure)
 
 
-def _draw_ratios(
-    axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]
-) -> None:
+def _draw_ratios(axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]) -> None:
     others = [name for name in names if name != "gloo"]
     width = 0.8 / max(1, len(others))
     for index, name in enumerate(others):

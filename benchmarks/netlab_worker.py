@@ -91,10 +91,8 @@ def _worker(plan: WorkerPlan, connection: Connection) -> int:
         connection.send("done")
     except (EOFError, BrokenPipeError):
         return 1
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent reports it
-        connection.send(
-            WorkerFailure(f"{type(error).__name__}: {error}", traceback.format_exc())
-        )
+    except BaseException as error:
+        connection.send(WorkerFailure(f"{type(error).__name__}: {error}", traceback.format_exc()))
         return 1
     return 0
 

@@ -60,9 +60,7 @@ def start_reducers(count: int, stack: ExitStack) -> list[str]:
     command = [str(binary), "--listen", "127.0.0.1:0", "--threads", "1"]
     processes = []
     for _ in range(count):
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         stack.callback(_stop_reducer, process)
         processes.append(process)
     deadline = time.monotonic() + _READY_SECONDS_MAX
@@ -71,7 +69,7 @@ def start_reducers(count: int, stack: ExitStack) -> list[str]:
 
 def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
     assert process.stdout is not None
-    if not wait([process.stdout], timeout=max(0.0, deadline - time.monotonic())):
+    if not wait([process.stdout.fileno()], timeout=max(0.0, deadline - time.monotonic())):
         raise DemoError(f"a reducer did not get ready in {_READY_SECONDS_MAX:.0f} s")
     line = process.stdout.readline()
     words = line.split()
@@ -124,15 +122,12 @@ def start_workers(plans: Sequence[RankPlan], stack: ExitStack) -> list[Connectio
 class Watcher:
     """Follows the ranks: shows their progress, and raises on the first error or at the deadline."""
 
-    def __init__(
-        self, bars: Bars, steps: int, backends: Sequence[str], tokens: int
-    ) -> None:
+    def __init__(self, bars: Bars, steps: int, backends: Sequence[str], tokens: int) -> None:
         """`tokens` are those of one step on all ranks together."""
         self._bars = bars
         self._tokens = tokens
         self._tasks: dict[str, TaskID] = {
-            name: bars.add_task(name, total=steps, start=False, loss="", rate="")
-            for name in backends
+            name: bars.add_task(name, total=steps, start=False, loss="", rate="") for name in backends
         }
         self._began: dict[str, tuple[float, int]] = {}
         self.results: dict[str, dict[int, RunResult]] = {name: {} for name in backends}
@@ -145,9 +140,7 @@ class Watcher:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 ranks = ", ".join(map(str, sorted(waiting.values())))
-                raise DemoError(
-                    f"the deadline passed while rank {ranks} was still at work"
-                )
+                raise DemoError(f"the deadline passed while rank {ranks} was still at work")
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting[connection]
@@ -190,7 +183,7 @@ def tokens_per_second(result: RunResult, tokens: int) -> float:
     seconds = result.step_seconds
     if len(seconds) > 2 * _WARM_UP_STEPS:
         seconds = seconds[_WARM_UP_STEPS:]
-    return tokens * len(seconds) / sum(seconds)
+    return float(tokens * len(seconds) / sum(seconds))
 
 
 def mean_losses(ranks: dict[int, RunResult]) -> list[float]:
@@ -199,9 +192,7 @@ def mean_losses(ranks: dict[int, RunResult]) -> list[float]:
     return [sum(column) / len(column) for column in columns]
 
 
-def report(
-    results: dict[str, dict[int, RunResult]], tokens: int, console: Console
-) -> tuple[Table, bool]:
+def report(results: dict[str, dict[int, RunResult]], tokens: int, console: Console) -> tuple[Table, bool]:
     """The table of all runs, and whether every run's ranks ended with the same weights."""
     table = Table(title="the same training on each backend", title_justify="left")
     for name in (
@@ -220,9 +211,7 @@ def report(
         all_equal = all_equal and len(hashes) == 1
         if len(hashes) > 1:
             for rank, result in sorted(ranks.items()):
-                console.print(
-                    f"[red]{backend} rank {rank}: {result.weights_sha256}[/red]"
-                )
+                console.print(f"[red]{backend} rank {rank}: {result.weights_sha256}[/red]")
         times = sorted(seconds for _, seconds in ranks[0].collectives)
         tail = losses[-10:]
         table.add_row(
@@ -231,9 +220,7 @@ def report(
             f"{sum(tail) / len(tail):.3f}",
             f"{tokens_per_second(ranks[0], tokens):,.0f}",
             f"{times[len(times) // 2] * 1e3:.2f} ms",
-            f"{hashes.pop()[:16]} equal"
-            if len(hashes) == 1
-            else "[red]NOT EQUAL[/red]",
+            f"{hashes.pop()[:16]} equal" if len(hashes) == 1 else "[red]NOT EQUAL[/red]",
         )
     return table, all_equal
 
@@ -259,15 +246,11 @@ def run(
     tokens = workers * batch * GptConfig().context
     deadline = time.monotonic() + seconds_max
     with ExitStack() as stack:
-        directory = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="reducer-demo-")
-        )
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="reducer-demo-"))
         servers: list[str] = []
         if "reducer" in backends and reducers:
             servers = start_reducers(reducers, stack)
-            console.print(
-                f"reducers at {', '.join(servers)}; {workers} workers on this machine"
-            )
+            console.print(f"reducers at {', '.join(servers)}; {workers} workers on this machine")
         plans = [
             RankPlan(
                 rank=rank,
@@ -299,14 +282,9 @@ def run(
     console.print(f"{first.parameters:,} parameters; a sample after {steps} steps:")
     console.print(first.sample, style="dim", markup=False, highlight=False)
     output.mkdir(parents=True, exist_ok=True)
-    rates = {
-        name: tokens_per_second(ranks[0], tokens)
-        for name, ranks in watcher.results.items()
-    }
+    rates = {name: tokens_per_second(ranks[0], tokens) for name, ranks in watcher.results.items()}
     curves = {name: mean_losses(ranks) for name, ranks in watcher.results.items()}
-    collectives = {
-        name: ranks[0].collectives for name, ranks in watcher.results.items()
-    }
+    collectives = {name: ranks[0].collectives for name, ranks in watcher.results.items()}
     draw(curves, collectives, rates, output / "demo.png")
     data = {"losses": curves, "tokens_per_second": rates, "collectives": collectives}
     (output / "demo.json").write_text(json.dumps(data) + "\n")
@@ -315,24 +293,16 @@ def run(
 
 
 def main(
-    backends: Annotated[
-        str, typer.Option(help="Runs, one after the other.")
-    ] = "reducer,gloo",
+    backends: Annotated[str, typer.Option(help="Runs, one after the other.")] = "reducer,gloo",
     workers: Annotated[int, typer.Option(min=2)] = 4,
     reducers: Annotated[int, typer.Option(min=0, help="Standalone reducers.")] = 2,
     steps: Annotated[int, typer.Option(min=1)] = 150,
     batch: Annotated[int, typer.Option(min=1, help="Windows per rank and step.")] = 8,
     algorithm: Annotated[str, typer.Option(help="REDUCER_ALGORITHM.")] = "server",
     seed: Annotated[int, typer.Option()] = 1,
-    loader_workers: Annotated[
-        int, typer.Option(min=0, help="Loader processes per rank.")
-    ] = 2,
-    seconds_max: Annotated[
-        float, typer.Option(min=1, help="Deadline of the whole demo.")
-    ] = 600,
-    output: Annotated[Path, typer.Option(help="Where picture and JSON go.")] = Path(
-        "out"
-    ),
+    loader_workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 2,
+    seconds_max: Annotated[float, typer.Option(min=1, help="Deadline of the whole demo.")] = 600,
+    output: Annotated[Path, typer.Option(help="Where picture and JSON go.")] = Path("out"),
 ) -> None:
     """Trains a small GPT through standalone reducers, and the same run on Gloo beside it."""
     console = Console() if sys.stdout.isatty() else Console(width=110)
@@ -351,9 +321,7 @@ def main(
         console.print(f"the demo failed: {error}", style="red", markup=False)
         raise SystemExit(1) from None
     if not equal:
-        console.print(
-            "[red]the weights differ between ranks: this must never happen[/red]"
-        )
+        console.print("[red]the weights differ between ranks: this must never happen[/red]")
         raise SystemExit(1)
 
 

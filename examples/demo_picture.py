@@ -28,15 +28,11 @@ def draw(
     _draw_losses(left, losses)
     _draw_collectives(middle, collectives)
     names = list(rates)
-    bars = right.bar(
-        names, list(rates.values()), color=[_COLOURS.get(name) for name in names]
-    )
+    bars = right.bar(names, list(rates.values()), color=[_COLOURS.get(name) for name in names])
     right.bar_label(bars, fmt="{:,.0f}")
     right.set_ylabel("tokens/s, all ranks")
     right.margins(y=0.12)
-    figure.suptitle(
-        "a byte-level GPT by DistributedDataParallel, all ranks on one machine"
-    )
+    figure.suptitle("a byte-level GPT by DistributedDataParallel, all ranks on one machine")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -45,27 +41,19 @@ def draw(
 def _draw_losses(axes: Any, losses: Mapping[str, Sequence[float]]) -> None:
     for name, values in losses.items():
         steps = range(1, len(values) + 1)
-        axes.plot(
-            steps, values, _STYLES.get(name, "-"), color=_COLOURS.get(name), label=name
-        )
+        axes.plot(steps, values, _STYLES.get(name, "-"), color=_COLOURS.get(name), label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per byte (mean of the ranks)")
     axes.grid(alpha=0.25)
     axes.legend()
 
 
-def _draw_collectives(
-    axes: Any, collectives: Mapping[str, Sequence[tuple[int, float]]]
-) -> None:
+def _draw_collectives(axes: Any, collectives: Mapping[str, Sequence[tuple[int, float]]]) -> None:
     for name, measured in collectives.items():
         times = sorted(seconds * 1e3 for _, seconds in measured)
         shares = [(i + 1) / len(times) for i in range(len(times))]
-        axes.step(
-            times, shares, _STYLES.get(name, "-"), color=_COLOURS.get(name), label=name
-        )
-    sizes = sorted(
-        {nbytes for measured in collectives.values() for nbytes, _ in measured}
-    )
+        axes.step(times, shares, _STYLES.get(name, "-"), color=_COLOURS.get(name), label=name)
+    sizes = sorted({nbytes for measured in collectives.values() for nbytes, _ in measured})
     axes.set_xscale("log")
     if sizes:
         axes.set_title(

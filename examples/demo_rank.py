@@ -80,7 +80,7 @@ def run_rank(plan: RankPlan, connection: Connection) -> None:
         torch.set_num_threads(1)
         for backend in plan.stores:
             connection.send(train(plan, backend, connection))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent reports it
+    except BaseException as error:
         text = f"{type(error).__name__}: {error}"
         connection.send(RankFailure(plan.rank, backend, text, traceback.format_exc()))
         # Other ranks may never come: nothing of this process waits for them any more.
@@ -116,9 +116,7 @@ def train(plan: RankPlan, backend: str, connection: Connection) -> RunResult:
     return result
 
 
-def _train_steps(
-    plan: RankPlan, model: Gpt, result: RunResult, connection: Connection
-) -> None:
+def _train_steps(plan: RankPlan, model: Gpt, result: RunResult, connection: Connection) -> None:
     wrapped = DistributedDataParallel(model, bucket_cap_mb=_BUCKET_MIB)
     wrapped.register_comm_hook(result, timed_average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE_MAX, weight_decay=0.05)
@@ -148,9 +146,7 @@ def _train_steps(
             connection.send(Progress(result.backend, step, result.losses[-1]))
 
 
-def timed_average(
-    result: RunResult, bucket: dist.GradBucket
-) -> torch.futures.Future[Tensor]:
+def timed_average(result: RunResult, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: the mean of a bucket, and how long the collective took."""
     gradients = bucket.buffer().div_(dist.get_world_size())
     begin = time.perf_counter()

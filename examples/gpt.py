@@ -49,12 +49,11 @@ class Block(nn.Module):
         shape = (batch, length, 3, self.heads, width // self.heads)
         mixed = self.query_key_value(self.attention_norm(x)).view(shape)
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True
-        )
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(seen.transpose(1, 2).reshape(batch, length, width))
         widened: Tensor = functional.gelu(self.widen(self.forward_norm(x)))
-        return x + self.narrow(widened)
+        added: Tensor = x + self.narrow(widened)
+        return added
 
 
 class Gpt(nn.Module):
@@ -71,9 +70,7 @@ class Gpt(nn.Module):
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(
-                module.weight, std=0.02 if isinstance(module, nn.Linear) else 0.05
-            )
+            nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Linear) else 0.05)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -91,9 +88,7 @@ class Gpt(nn.Module):
         return functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(
-        self, prompt: str, length: int, seed: int, temperature: float = 0.7
-    ) -> str:
+    def generate(self, prompt: str, length: int, seed: int, temperature: float = 0.7) -> str:
         """`prompt` and `length` more bytes drawn from the model, as text."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.tensor([list(prompt.encode())])
@@ -117,29 +112,21 @@ def standard_library_text(nbytes_max: int = _TEXT_BYTES_MAX) -> bytes:
         if total >= nbytes_max:
             break
     if total < 1 << 16:
-        raise RuntimeError(
-            f"{root} holds no source text of Python's standard library to train on"
-        )
+        raise RuntimeError(f"{root} holds no source text of Python's standard library to train on")
     return b"\n".join(parts)[:nbytes_max]
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Windows of a text at random places; each rank draws its own, the same ones in every run."""
 
-    def __init__(
-        self, text: bytes, context: int, count: int, rank: int, seed: int
-    ) -> None:
+    def __init__(self, text: bytes, context: int, count: int, rank: int, seed: int) -> None:
         """`count` windows of `context` bytes. ValueError if the text is shorter than a window."""
         if len(text) < context + 2:
-            raise ValueError(
-                f"a text of {len(text)} bytes holds no window of {context + 1}"
-            )
+            raise ValueError(f"a text of {len(text)} bytes holds no window of {context + 1}")
         self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self._context = context
         generator = torch.Generator().manual_seed(seed * 100_003 + rank)
-        self._starts = torch.randint(
-            len(text) - context - 1, (count,), generator=generator
-        )
+        self._starts = torch.randint(len(text) - context - 1, (count,), generator=generator)
 
     def __len__(self) -> int:
         return len(self._starts)

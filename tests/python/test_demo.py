@@ -25,11 +25,7 @@ gpt: Any = importlib.import_module("gpt")
 def test_the_model_is_causal_and_of_the_promised_size() -> None:
     torch.manual_seed(0)
     model = gpt.Gpt(gpt.GptConfig()).eval()
-    assert (
-        500_000
-        <= sum(parameter.numel() for parameter in model.parameters())
-        <= 1_000_000
-    )
+    assert 500_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 1_000_000
     tokens = torch.randint(256, (2, 16))
     changed = tokens.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 256
@@ -76,9 +72,7 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def result(rank: int, digest: str) -> Any:
-    return demo_rank.RunResult(
-        "reducer", rank, [4.0, 2.0 + rank], [0.5, 0.5], [(1024, 0.001)], digest, 10, ""
-    )
+    return demo_rank.RunResult("reducer", rank, [4.0, 2.0 + rank], [0.5, 0.5], [(1024, 0.001)], digest, 10, "")
 
 
 def test_report_compares_the_weights() -> None:
@@ -104,9 +98,7 @@ def run_demo(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         str(output),
         *arguments,
     ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_a_tiny_run_on_both_backends(tmp_path: Path) -> None:
@@ -120,18 +112,14 @@ def test_a_tiny_run_on_both_backends(tmp_path: Path) -> None:
     for backend, losses in data["losses"].items():
         assert len(losses) == 3 and losses[-1] < losses[0], backend
         assert data["collectives"][backend]
-    for ours, theirs in zip(
-        data["losses"]["reducer"], data["losses"]["gloo"], strict=True
-    ):
+    for ours, theirs in zip(data["losses"]["reducer"], data["losses"]["gloo"], strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-3)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "equal" in done.stdout
 
 
 def test_a_rank_that_fails_ends_the_demo_with_its_error(tmp_path: Path) -> None:
-    done = run_demo(
-        tmp_path, "--steps", "1", "--workers", "2", "--backends", "nonesuch"
-    )
+    done = run_demo(tmp_path, "--steps", "1", "--workers", "2", "--backends", "nonesuch")
     assert done.returncode == 1
     assert "rank" in done.stdout and "nonesuch" in done.stdout
     assert not (tmp_path / "demo.png").exists()

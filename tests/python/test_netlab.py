@@ -26,9 +26,7 @@ LINE = 0.955e9
 
 
 def samples(contender: str, nbytes: int, seconds: list[float], wrong: int = 0) -> Any:
-    return netlab_report.Samples(
-        nbytes, contender, seconds, wrong, cpu_busy=30.0, cpu_total=120.0
-    )
+    return netlab_report.Samples(nbytes, contender, seconds, wrong, cpu_busy=30.0, cpu_total=120.0)
 
 
 def test_rows_give_bandwidth_bound_and_ratio() -> None:
@@ -56,16 +54,12 @@ def test_rows_without_limit_or_gloo_have_no_bound_and_no_ratio() -> None:
 
 
 def test_p99_is_the_worst_of_few_and_median_the_middle() -> None:
-    (row,) = netlab_report.make_rows(
-        [samples("ring", 4096, [0.3, 0.1, 0.2])], 2, 0, LINE
-    )
+    (row,) = netlab_report.make_rows([samples("ring", 4096, [0.3, 0.1, 0.2])], 2, 0, LINE)
     assert (row.median_s, row.p99_s, row.iterations) == (0.2, 0.3, 3)
 
 
 def test_table_says_what_was_wrong() -> None:
-    rows = netlab_report.make_rows(
-        [samples("ring", 1 << 20, [0.1], wrong=3)], 2, 1, LINE
-    )
+    rows = netlab_report.make_rows([samples("ring", 1 << 20, [0.1], wrong=3)], 2, 1, LINE)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(netlab_report.make_table(rows, "a title"))
@@ -75,9 +69,7 @@ def test_table_says_what_was_wrong() -> None:
 
 def test_json_and_picture(tmp_path: Path) -> None:
     measured = [
-        samples(name, nbytes, [nbytes / 1e8])
-        for nbytes in (1 << 10, 1 << 20)
-        for name in ("gloo", "direct", "server")
+        samples(name, nbytes, [nbytes / 1e8]) for nbytes in (1 << 10, 1 << 20) for name in ("gloo", "direct", "server")
     ]
     rows = netlab_report.make_rows(measured, 4, 4, LINE)
     data = json.loads(json.dumps(netlab_report.make_json(rows, {"workers": 4})))
@@ -113,9 +105,7 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
         "--output",
         str(output),
     ]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_bad_options_are_refused_with_a_reason(tmp_path: Path) -> None:
@@ -176,9 +166,7 @@ def test_a_tiny_run_of_each_contender(tmp_path: Path, contender: str) -> None:
 
 @pytest.mark.usefixtures("_namespaces")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(BENCHMARKS / "netlab.py"), "--output", str(tmp_path)]
     with subprocess.Popen(
         [*command, "--workers", "2", "--reducers", "1", "--contenders", "gloo"],

@@ -19,6 +19,8 @@ constexpr std::pair<const char*, int> kCommon[] = {
     {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8 * kMiB},
     // With that window there is nothing to probe for, and a probe is a ping for every few reads.
     {GRPC_ARG_HTTP2_BDP_PROBE, 0},
+    // None of the optional filters (census, deadlines, message compression ...) is used.
+    {GRPC_ARG_MINIMAL_STACK, 1},
     // Reads in pieces of this size: few slices per chunk.
     {GRPC_ARG_TCP_READ_CHUNK_SIZE, 256 << 10},
     {"grpc.experimental.tcp_max_read_chunk_size", 4 * kMiB},
