@@ -1,119 +1,109 @@
-# `make help` lists the targets. `make demo` and `make test` are one command on a fresh clone: they set everything up first.
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
+# `make` shows what there is. Every target sets up first what it needs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+# Each step uses all cores by itself, and figures are measured undisturbed.
+.NOTPARALLEL:
 
-PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-JOBS ?= 2
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-
-APT := libgrpc++-dev protobuf-compiler-grpc libprotobuf-dev libhwy-dev libgtest-dev libbenchmark-dev clang-14 \
-       libclang-rt-14-dev clang-format clang-tidy ccache ninja-build cmake pkg-config g++ iproute2 python3-venv
+JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
+VENV := .venv/bin
+CLANG_FORMAT ?= clang-format-14
+CLANG_TIDY ?= clang-tidy-14
+RUN_CLANG_TIDY ?= run-clang-tidy-14
+FUZZ_CXX ?= clang++-14
+FUZZ_SECONDS ?= 20
 
 WORKERS ?= 8
 REDUCERS ?= 8
 RATE ?= 1gbit
 SIZES ?= 1KiB,64KiB,1MiB,16MiB,64MiB
 
-CXX_FILES := $(shell find csrc tests/cpp tests/fuzz benchmarks -name '*.cc' -o -name '*.h')
+# The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
+THREADED_TESTS := exchange_test conformance_test sim_test
 
-.PHONY: help
-help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+CPP_FOLDERS := csrc tests/cpp tests/fuzz benchmarks
+CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
-# ---------------------------------------------------------------- set-up
+export MAX_JOBS := $(JOBS)
 
-.PHONY: setup apt
-setup: apt $(VENV)/.requirements native  ## everything: system packages, .venv, the build (quick if done already)
+.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python fuzz-smoke fuzz lint tidy format bench clean
 
-apt:
-	@missing=$$(for p in $(APT); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
-	if [ -n "$$missing" ]; then \
-	  echo "installing: $$missing"; \
-	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
-	fi
+help: ## this table
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@echo
+	@echo 'netlab takes WORKERS=$(WORKERS) REDUCERS=$(REDUCERS) RATE=$(RATE) SIZES=$(SIZES);'
+	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python takes ARGS for pytest.'
 
-$(VENV)/.requirements: requirements-dev.txt
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements-dev.txt
-	touch $@
+setup: ## everything this machine lacks: system packages, .venv, the build (quick if nothing)
+	@tools/setup.sh
 
-# pip builds the native parts with CMake (incrementally) and registers the package's entry points.
-.PHONY: native
-native: apt $(VENV)/.requirements
-	@if [ build/.native -nt pyproject.toml ] && [ build/.native -nt setup.py ] && [ build/.native -nt $(VENV)/.requirements ]; then \
-	  cmake --build build/package -j $(JOBS) --target reducer reducer-server reducer_core reducer_torch > build/native.log \
-	    || { cat build/native.log; exit 1; }; \
-	  cmake --install build/package --prefix . > /dev/null; \
-	else \
-	  MAX_JOBS=$(JOBS) $(BIN)/pip install -q --no-build-isolation --no-deps -e . && mkdir -p build && touch build/.native; \
-	fi
+demo: setup ## train a small GPT through 2 reducers and 4 workers, and beside it on Gloo
+	$(VENV)/python examples/demo.py
 
-# ---------------------------------------------------------------- try it
+netlab: setup ## an emulated cluster with limited NICs: every algorithm against Gloo (root)
+	$(VENV)/python benchmarks/netlab.py --workers $(WORKERS) --reducers $(REDUCERS) --rate $(RATE) --sizes $(SIZES)
 
-.PHONY: demo netlab bench
-demo: setup  ## train a small GPT through 2 reduction servers, and on Gloo beside it
-	$(BIN)/python examples/demo.py
+test: lint test-cpp test-asan test-tsan fuzz-smoke test-python ## everything below down to test-python
 
-netlab: setup  ## emulated cluster of 1 Gbit/s hosts (root): WORKERS REDUCERS RATE SIZES
-	$(BIN)/python benchmarks/netlab.py --workers $(WORKERS) --reducers $(REDUCERS) --rate $(RATE) --sizes $(SIZES)
+lint: setup ## formatters and linters, changing nothing
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
 
-bench: setup  ## all-reduce on this machine, beside Gloo
-	$(BIN)/reducer bench
+# The tests share the objects of the build that `setup` made.
+test-cpp: setup ## GoogleTest, every layer
+	cmake -S . -B build/native -DREDUCER_TESTS=ON >/dev/null
+	ninja -C build/native -j $(JOBS) cpp_tests
+	ctest --test-dir build/native --output-on-failure --no-tests=error
 
-# ---------------------------------------------------------------- tests
+# Without gRPC: Debian's is not instrumented. The core runs on the simulated transport.
+define sanitized
+	cmake -S . -B build/$(1) -G Ninja -DREDUCER_TESTS=ON -DREDUCER_GRPC=OFF -DREDUCER_SANITIZE=$(2) >/dev/null
+	ninja -C build/$(1) -j $(JOBS) $(3)
+	ctest --test-dir build/$(1) --output-on-failure --no-tests=error $(4)
+endef
 
-.PHONY: test test-cpp test-asan test-tsan fuzz-smoke fuzz test-python lint format tidy
-test: setup  ## everything that CI runs
-	$(MAKE) test-cpp test-asan test-tsan fuzz-smoke lint test-python
+test-asan: export UBSAN_OPTIONS = print_stacktrace=1
+test-asan: setup ## the core under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call sanitized,asan,address,cpp_tests)
 
-test-cpp:  ## C++ tests, one program per layer
-	cmake -S . -B build/tests -G Ninja -DREDUCER_TESTS=ON > /dev/null
-	cmake --build build/tests -j $(JOBS) --target cpp_tests
-	ctest --test-dir build/tests --output-on-failure
+test-tsan: export TSAN_OPTIONS = halt_on_error=1
+test-tsan: setup ## the core under ThreadSanitizer
+	$(call sanitized,tsan,thread,$(THREADED_TESTS),$(foreach name,$(THREADED_TESTS),-R '^$(name)$$'))
 
-# The sanitizers see the core on the simulated network: Debian's gRPC is not instrumented.
-test-asan:  ## AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake -S . -B build/asan -G Ninja -DREDUCER_TESTS=ON -DREDUCER_GRPC=OFF -DREDUCER_SANITIZE=address > /dev/null
-	cmake --build build/asan -j $(JOBS) --target cpp_tests
-	ctest --test-dir build/asan --output-on-failure
+fuzz-smoke: setup ## libFuzzer on every parser, FUZZ_SECONDS each
+	cmake -S . -B build/fuzz -G Ninja -DREDUCER_FUZZ=ON -DREDUCER_GRPC=OFF -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) >/dev/null
+	for source in tests/fuzz/*_fuzz.cc; do \
+	  name=$$(basename $$source .cc); \
+	  ninja -C build/fuzz -j $(JOBS) $$name; \
+	  mkdir -p build/fuzz/found/$$name; \
+	  build/fuzz/tests/fuzz/$$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=build/fuzz/ build/fuzz/found/$$name tests/fuzz/corpus/$${name%_fuzz}; \
+	done
 
-test-tsan:  ## ThreadSanitizer
-	cmake -S . -B build/tsan -G Ninja -DREDUCER_TESTS=ON -DREDUCER_GRPC=OFF -DREDUCER_SANITIZE=thread > /dev/null
-	cmake --build build/tsan -j $(JOBS) --target exchange_test conformance_test sim_test
-	ctest --test-dir build/tsan --output-on-failure -R 'exchange_test|conformance_test|sim_test'
+fuzz: FUZZ_SECONDS = 1800
+fuzz: fuzz-smoke ## the same, half an hour each
 
-FUZZ_SECONDS ?= 20
-fuzz-smoke:  ## the frame parser under libFuzzer, FUZZ_SECONDS long
-	cmake -S . -B build/fuzz -G Ninja -DREDUCER_FUZZ=ON -DREDUCER_GRPC=OFF -DCMAKE_CXX_COMPILER=clang++-14 > /dev/null
-	cmake --build build/fuzz -j $(JOBS) --target frame_fuzz
-	mkdir -p build/fuzz/corpus
-	$$(find build/fuzz -name frame_fuzz -type f) -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -verbosity=0 \
-	  build/fuzz/corpus tests/fuzz/corpus/frame
+test-python: setup ## pytest: the backend, the reducers, the command line, as real processes
+	$(VENV)/python -m pytest $(ARGS)
 
-fuzz:  ## the same for half an hour
-	$(MAKE) fuzz-smoke FUZZ_SECONDS=1800
+tidy: setup ## clang-tidy on everything that does not include torch (not a part of test; CI runs it)
+	cmake -S . -B build/native >/dev/null
+	$(RUN_CLANG_TIDY) -clang-tidy-binary $(CLANG_TIDY) -quiet -j $(JOBS) -p build/native \
+	  '/csrc/(common|kernels|wire|engine|transport|server|collective|runtime|reducerd)/'
 
-test-python:  ## Python tests with real processes and real reducers
-	$(BIN)/python -m pytest
+format: setup ## formatters, changing files
+	$(VENV)/ruff check --fix-only .
+	$(VENV)/ruff format .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
 
-lint:  ## ruff, mypy, clang-format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	clang-format --dry-run -Werror $(CXX_FILES)
+bench: setup ## kernels and engine under pytest-benchmark, then `reducer bench` beside Gloo
+	$(VENV)/python -m pytest benchmarks -q
+	mkdir -p out
+	$(VENV)/reducer bench --json out/bench.json --plot out/bench.png
 
-format:  ## bring everything into the house style
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	clang-format -i $(CXX_FILES)
-
-tidy:  ## clang-tidy over the layers without torch (minutes)
-	cmake -S . -B build/tests -G Ninja -DREDUCER_TESTS=ON > /dev/null
-	clang-tidy -p build/tests --quiet $(shell find csrc/common csrc/engine csrc/kernels csrc/server csrc/collective csrc/wire -name '*.cc')
-
-.PHONY: clean
-clean:  ## remove what was built (not .venv)
-	rm -rf build out reducer/*.so reducer/bin
+clean: ## removes what was built (not .venv)
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf reducer/bin reducer/*.so .venv/.native.stamp
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +17,6 @@ from netlab_worker import Turn, TurnResult, Worker, WorkerFailure, WorkerPlan
 
 START_SECONDS_MAX = 60.0
 _STOP_SECONDS_MAX = 5.0
-# A worker whose connection has closed has nothing left to do.
-_EXIT_SECONDS_MAX = 1.0
 CONTENDERS = ("gloo", "ring", "direct", "server", "mixed")
 
 
@@ -112,26 +107,39 @@ class Contender:
             try:
                 worker.connection.send(message)
             except OSError as error:
-                raise NetlabError(f"{self.name}: rank {worker.plan.rank} is gone") from error
+                raise NetlabError(
+                    f"{self.name}: rank {worker.plan.rank}: {worker.last_words()}"
+                ) from error
 
     def _gather(self, what: str, seconds_max: float) -> list[Any]:
         """One answer of every worker, by rank. The first failure, or the deadline, is a NetlabError."""
         deadline = time.monotonic() + seconds_max
         answers: dict[int, Any] = {}
-        waiting = {worker.connection: worker.plan.rank for worker in self.workers}
+        waiting = {worker.connection.fileno(): worker for worker in self.workers}
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                ranks = ", ".join(str(rank) for rank in sorted(waiting.values()))
-                raise NetlabError(f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s")
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                ranks = ", ".join(
+                    str(rank) for rank in sorted(each.plan.rank for each in waiting.values())
+                )
+                raise NetlabError(
+                    f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s"
+                )
+            for descriptor in ready:
+                assert isinstance(descriptor, int)
+                worker = waiting.pop(descriptor)
+                rank = worker.plan.rank
                 try:
-                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                    answers[rank] = worker.connection.recv()
                 except (EOFError, OSError) as error:
-                    raise NetlabError(f"{self.name}: rank {rank} died during `{what}`") from error
+                    words = worker.last_words()
+                    raise NetlabError(
+                        f"{self.name}: rank {rank} during `{what}`: {words}"
+                    ) from error
                 if isinstance(answers[rank], WorkerFailure):
-                    raise NetlabError(f"{self.name}: rank {rank}: {answers[rank].message}")
+                    raise NetlabError(
+                        f"{self.name}: rank {rank} during `{what}`: {answers[rank].message}"
+                    )
         return [answers[rank] for rank in sorted(answers)]
 
     def stop(self) -> None:
@@ -143,8 +151,7 @@ class Contender:
             except NetlabError:
                 pass
         for worker in self.workers:
-            worker.connection.close()
-            _end_child(worker.pid)
+            worker.end()
         self.workers.clear()
         for reducer in self.reducers:
             _end_process(reducer.process)
@@ -163,17 +170,6 @@ def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:
     if words[:3] != ["reducer", "ready", "on"] or len(words) < 4:
         raise NetlabError(f"a reducer did not start: it said {line.strip()!r}")
     return words[3]
-
-
-def _end_child(pid: int) -> None:
-    """Kills a forked worker unless it ends by itself very soon, and reaps it."""
-    descriptor = os.pidfd_open(pid)
-    try:
-        if not select.select([descriptor], [], [], _EXIT_SECONDS_MAX)[0]:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _end_process(process: subprocess.Popen[str]) -> None:

@@ -62,7 +62,9 @@ def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) 
         if not ours.poll(_DEADLINE_SECONDS):
             raise NetlabError("the line's receiver did not start")
         port = ours.recv()
-        sender = context.Process(target=_send, args=(cluster.namespace(source), address, port), daemon=True)
+        sender = context.Process(
+            target=_send, args=(cluster.namespace(source), address, port), daemon=True
+        )
         with signals_held():
             sender.start()
         if not ours.poll(_DEADLINE_SECONDS):

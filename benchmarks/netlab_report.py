@@ -44,7 +44,9 @@ class Row:
     wrong: int
 
 
-def make_rows(samples: Sequence[Samples], workers: int, reducers: int, line: float | None) -> list[Row]:
+def make_rows(
+    samples: Sequence[Samples], workers: int, reducers: int, line: float | None
+) -> list[Row]:
     """Rows in the order of `samples`. `line` is the line rate in bit/s; None: no limit, no bounds."""
     measured = [each for each in samples if each.seconds]
     gloo = {each.nbytes: median(each.seconds) for each in measured if each.contender == "gloo"}
@@ -164,7 +166,9 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
     pyplot.close(figure)
 
 
-def _draw_ratios(axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]) -> None:
+def _draw_ratios(
+    axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]
+) -> None:
     others = [name for name in names if name != "gloo"]
     width = 0.8 / max(1, len(others))
     for index, name in enumerate(others):

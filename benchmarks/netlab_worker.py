@@ -7,6 +7,8 @@ one contender is ever at work. Commands and answers are pickled by multiprocessi
 from __future__ import annotations
 
 import os
+import select
+import signal
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from netlab_cluster import become_child, signals_held
 
 # A lead-in of at most this many bytes wakes the connections up before anything is timed.
 _LEAD_IN_BYTES_MAX = 1 << 20
+# A worker whose connection has closed has nothing left to do.
+_EXIT_SECONDS_MAX = 1.0
 # Values stay below this, so that every sum of a few dozen ranks is exact in float32.
 _VALUES = 61
 
@@ -71,6 +75,35 @@ class Worker:
                     os._exit(code)
         theirs.close()
         self.connection: Connection = ours
+        self._exit_code: int | None = None
+
+    def last_words(self) -> str:
+        """Why it ended, for one that has closed its connection: its own words, or how it ended."""
+        try:
+            while self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, WorkerFailure):
+                    return message.message
+        except (EOFError, OSError):
+            pass
+        self.end()
+        code = self._exit_code or 0
+        return (
+            f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        )
+
+    def end(self) -> None:
+        """Closes the connection, kills the process unless it ends by itself very soon, and reaps it."""
+        self.connection.close()
+        if self._exit_code is not None:
+            return
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            if not select.select([descriptor], [], [], _EXIT_SECONDS_MAX)[0]:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            self._exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        finally:
+            os.close(descriptor)
 
 
 def _worker(plan: WorkerPlan, connection: Connection) -> int:

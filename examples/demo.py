@@ -60,7 +60,9 @@ def start_reducers(count: int, stack: ExitStack) -> list[str]:
     command = [str(binary), "--listen", "127.0.0.1:0", "--threads", "1"]
     processes = []
     for _ in range(count):
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
         stack.callback(_stop_reducer, process)
         processes.append(process)
     deadline = time.monotonic() + _READY_SECONDS_MAX
@@ -127,7 +129,8 @@ class Watcher:
         self._bars = bars
         self._tokens = tokens
         self._tasks: dict[str, TaskID] = {
-            name: bars.add_task(name, total=steps, start=False, loss="", rate="") for name in backends
+            name: bars.add_task(name, total=steps, start=False, loss="", rate="")
+            for name in backends
         }
         self._began: dict[str, tuple[float, int]] = {}
         self.results: dict[str, dict[int, RunResult]] = {name: {} for name in backends}
@@ -192,7 +195,9 @@ def mean_losses(ranks: dict[int, RunResult]) -> list[float]:
     return [sum(column) / len(column) for column in columns]
 
 
-def report(results: dict[str, dict[int, RunResult]], tokens: int, console: Console) -> tuple[Table, bool]:
+def report(
+    results: dict[str, dict[int, RunResult]], tokens: int, console: Console
+) -> tuple[Table, bool]:
     """The table of all runs, and whether every run's ranks ended with the same weights."""
     table = Table(title="the same training on each backend", title_justify="left")
     for name in (

@@ -15,16 +15,21 @@ constexpr std::uint64_t kAlign = 64;
 // more than the time that its bytes take on a wire.
 constexpr std::uint64_t kSpreadBytes = 8192;
 
-// What a worker has in flight over all owners if nothing is set. About twice what 1 Gbit/s and the queueing
-// delay of 16 busy hosts need; docs/performance.md has the measurements.
-constexpr std::size_t kDefaultWindowBytes = std::size_t{2} << 20;
+// What a worker has in flight at one owner if nothing is set: many owners share its NIC and need little each, few must
+// cover the stalls of a host that does everything on two cores. docs/performance.md has the measurements.
+constexpr std::size_t kWindowSquare = std::size_t{16} << 20;
+constexpr std::size_t kSmallestWindow = 256 << 10;
+constexpr std::size_t kLargestWindow = 4 << 20;
 
-// Chunks in flight per owner: enough that one is on its way up, one is being summed, one is on its way down, for each
-// side's jitter.
+// Chunks in flight per owner: on its way up, being summed, on its way down, for each side's jitter.
 constexpr std::size_t kChunksInFlight = 8;
 
 constexpr std::size_t kSmallestAutoChunk = 32 << 10;
-constexpr std::size_t kLargestAutoChunk = 256 << 10;
+constexpr std::size_t kLargestAutoChunk = 512 << 10;
+
+// A tensor is cut into at least this many rounds if that leaves chunks of kSmallestAutoChunk: with one round, a NIC's two
+// directions would be used one after the other.
+constexpr std::uint64_t kRoundsMin = 4;
 
 std::uint64_t scaled(std::uint64_t value, std::uint64_t numerator, std::uint64_t denominator) {
   return static_cast<std::uint64_t>(static_cast<unsigned __int128>(value) * numerator / denominator);
@@ -71,7 +76,10 @@ ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::s
     weight_total_ += weight;
     weight_max_ = std::max(weight_max_, weight);
   }
-  const std::size_t window = window_bytes != 0 ? window_bytes : kDefaultWindowBytes;
+  const std::size_t m = owners_.size();
+  const std::size_t window =
+      window_bytes != 0 ? window_bytes
+                        : m * std::clamp(kWindowSquare / (m * m), kSmallestWindow, kLargestWindow);
   if (chunk_bytes == 0) {
     const std::size_t share = scaled(window, weight_max_, weight_total_) / kChunksInFlight;
     chunk_bytes = std::clamp(share / 4096 * 4096, kSmallestAutoChunk, kLargestAutoChunk);
@@ -108,8 +116,13 @@ Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
   // The owner with the largest weight gets chunks of chunk_bytes_ (aligning boundaries may add up to kAlign), the
   // others smaller ones.
   const std::uint64_t largest = scaled(nbytes, weight_max, plan.before.back());
-  plan.rounds = std::max<std::uint64_t>(1, (largest + chunk_bytes_ - 1) / chunk_bytes_);
+  plan.rounds = roundsFor(largest);
   return plan;
+}
+
+std::uint64_t ShardMap::roundsFor(std::uint64_t nbytes) const {
+  const std::uint64_t needed = (nbytes + chunk_bytes_ - 1) / chunk_bytes_;
+  return std::max({std::uint64_t{1}, needed, std::min(kRoundsMin, nbytes / kSmallestAutoChunk)});
 }
 
 Plan ShardMap::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
@@ -117,7 +130,7 @@ Plan ShardMap::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
   plan.nbytes = nbytes;
   plan.owners = {owner};
   plan.before = {0, 1};
-  plan.rounds = std::max<std::uint64_t>(1, (nbytes + chunk_bytes_ - 1) / chunk_bytes_);
+  plan.rounds = roundsFor(nbytes);
   return plan;
 }
 

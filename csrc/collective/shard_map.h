@@ -63,6 +63,8 @@ class ShardMap {
   std::size_t windowBytesTotal() const;
 
  private:
+  std::uint64_t roundsFor(std::uint64_t nbytes) const;
+
   std::vector<OwnerIndex> owners_;
   std::vector<std::uint64_t> weights_;  // beside owners_
   std::uint64_t weight_total_ = 0;

@@ -46,7 +46,7 @@ class Finding:
     @property
     def reducer_bound(self) -> int | None:
         window = self.counters.get("window_bytes")
-        if window is None or not self.reducer_extra:
+        if window is None or not self.reducer_extra or not self._shares[1]:
             return None
         return round(window * 2 * self.world_size * self._shares[1])
 
@@ -115,7 +115,7 @@ def memory_table(nbytes: int, findings: Sequence[Finding]) -> Table:
             finding.contender,
             format_size(finding.worker_extra),
             _bound(finding.worker_bound),
-            format_size(max(finding.reducer_extra)) if finding.reducer_extra else "-",
+            format_size(max(finding.reducer_extra)) if finding.reducer_bound else "-",
             _bound(finding.reducer_bound),
             "[green]yes" if finding.wrong == 0 else f"[red]{finding.wrong} wrong",
         )

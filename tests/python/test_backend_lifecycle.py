@@ -89,6 +89,26 @@ def test_futures(ranks: Ranks) -> None:
     ranks.call(check_futures)
 
 
+def check_wait_timeout() -> None:
+    """wait() has a timeout of its own, and the operation goes on."""
+    rank = dist.get_rank()
+    if rank == 0:
+        tensor = torch.zeros(1)
+        work = dist.irecv(tensor, 1)
+        assert work is not None
+        with pytest.raises(dist.DistBackendError, match="gave up after 50 ms"):
+            work.wait(timedelta(milliseconds=50))
+        assert not work.is_completed()
+        dist.send(torch.ones(1), 1, tag=1)
+        work.wait()
+        assert tensor.item() == 5
+    elif rank == 1:
+        dist.recv(torch.ones(1), 0, tag=1)
+        dist.send(torch.full((1,), 5.0), 0)
+
+
+def test_wait_timeout(ranks: Ranks) -> None:
+    ranks.call(check_wait_timeout)
 
 
 def check_sequence_numbers() -> None:
