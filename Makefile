@@ -20,6 +20,7 @@ SIZES ?= 1KiB,64KiB,1MiB,16MiB,64MiB
 
 # The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
 THREADED_TESTS := exchange_test conformance_test sim_test
+space := $(subst ,, )
 
 CPP_FOLDERS := csrc tests/cpp tests/fuzz benchmarks
 CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
@@ -70,7 +71,7 @@ test-asan: setup ## the core under AddressSanitizer and UndefinedBehaviorSanitiz
 
 test-tsan: export TSAN_OPTIONS = halt_on_error=1
 test-tsan: setup ## the core under ThreadSanitizer
-	$(call sanitized,tsan,thread,$(THREADED_TESTS),$(foreach name,$(THREADED_TESTS),-R '^$(name)$$'))
+	$(call sanitized,tsan,thread,$(THREADED_TESTS),-R '^($(subst $(space),|,$(THREADED_TESTS)))$$')
 
 fuzz-smoke: setup ## libFuzzer on every parser, FUZZ_SECONDS each
 	cmake -S . -B build/fuzz -G Ninja -DREDUCER_FUZZ=ON -DREDUCER_GRPC=OFF -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) >/dev/null
@@ -98,10 +99,12 @@ format: setup ## formatters, changing files
 	$(VENV)/ruff format .
 	$(CLANG_FORMAT) -i $(CPP_FILES)
 
-bench: setup ## kernels and engine under pytest-benchmark, then `reducer bench` beside Gloo
-	$(VENV)/python -m pytest benchmarks -q
+bench: setup ## the kernels beside plain loops, then all-reduce on this machine beside Gloo
+	cmake -S . -B build/native -DREDUCER_BENCHMARKS=ON >/dev/null
+	ninja -C build/native -j $(JOBS) kernels_benchmark
+	build/native/benchmarks/kernels_benchmark
 	mkdir -p out
-	$(VENV)/reducer bench --json out/bench.json --plot out/bench.png
+	$(VENV)/reducer bench --json out/bench.json --png out/bench.png
 
 clean: ## removes what was built (not .venv)
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

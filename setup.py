@@ -45,7 +45,7 @@ def forget_other_tree(build: Path) -> None:
         shutil.rmtree(build)
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools has no types
     """build_ext that leaves the native files to CMake, and its install rules say where they go."""
 
     def run(self) -> None:

@@ -1,8 +1,8 @@
-"""An emulated cluster of rate-limited hosts on one machine: Gloo against every way of this backend.
+"""An emulated cluster of rate-limited hosts on one machine: Gloo against each of our algorithms.
 
-Each host is a network namespace whose NIC is limited in both directions; reducers have hosts of their
-own. All contenders run on the same hosts in one run, in turns, so that noise of the machine hits them
-alike; every result is checked exactly. Needs Linux, root, iproute2.
+Each host is a network namespace whose NIC is limited in both directions; reducers have hosts of
+their own. All contenders run on the same hosts in one run, in turns, so that noise of the machine
+hits them alike; every result is checked exactly. Needs Linux, root, iproute2.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ class Setting:
 
 
 def cpu_times() -> tuple[float, float]:
-    """(busy, all) CPU seconds of the machine since it started, in ticks, from /proc/stat."""
+    """(busy, all) CPU seconds of the machine since it started, over all its cores."""
     with open("/proc/stat", encoding="ascii") as file:
         ticks = [int(word) for word in file.readline().split()[1:9]]
     idle = ticks[3] + ticks[4]
-    return float(sum(ticks) - idle), float(sum(ticks))
+    per_second = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - idle) / per_second, sum(ticks) / per_second
 
 
 def turn_count(nbytes: int) -> int:
@@ -70,7 +71,7 @@ def turn_count(nbytes: int) -> int:
 
 
 def turn_seconds_max(nbytes: int, count: int, workers: int, rate: str | None) -> float:
-    """The deadline of a turn: ten times what a ring's worth of bytes takes, and never under 60 s."""
+    """The deadline of a turn: ten times what a ring's bytes take, and never under 60 s."""
     rate_bits = 1e9 if rate is None else parse_rate(rate)
     return 60.0 + 10 * 2 * workers * 8 * nbytes * count / rate_bits
 
@@ -92,10 +93,8 @@ def server_binary() -> Path:
     return path
 
 
-def start_contenders(
-    setting: Setting, cluster: Cluster, started: list[Contender], note: Callable[[str], None]
-) -> None:
-    """Starts every contender, each with processes of its own. One that fails is noted, and left out."""
+def start_contenders(setting: Setting, cluster: Cluster, started: list[Contender], note: Callable[[str], None]) -> None:
+    """Starts every contender, with processes of its own. One that fails is noted and left out."""
     workers = [label for label in cluster.labels if label.startswith("w")]
     reducers = [label for label in cluster.labels if label.startswith("r")]
     for name in setting.contenders:
@@ -117,7 +116,7 @@ def _fail(contender: Contender, error: NetlabError, note: Callable[[str], None])
 
 
 def measure(setting: Setting, contenders: Sequence[Contender], progress: Progress) -> list[Samples]:
-    """Runs the contenders in turns, size by size, until each size's share of the budget is spent."""
+    """Runs the contenders in turns, size by size, until the size's share of the budget is spent."""
     budgets = size_budgets(setting.sizes, setting.budget_s)
     everything: list[Samples] = []
     task = progress.add_task("measuring", total=setting.budget_s)
@@ -143,23 +142,22 @@ def measure(setting: Setting, contenders: Sequence[Contender], progress: Progres
     return everything
 
 
-def _one_turn(
-    setting: Setting, contender: Contender, into: Samples, is_warm_up: bool, progress: Progress
-) -> None:
+def _one_turn(setting: Setting, contender: Contender, into: Samples, is_warm_up: bool, progress: Progress) -> None:
     count = turn_count(into.nbytes)
     seconds_max = turn_seconds_max(into.nbytes, count, setting.workers, setting.rate)
     busy, total = cpu_times()
     try:
         if is_warm_up:
-            into.wrong += contender.run(Turn(into.nbytes, 1), seconds_max)[1]
+            into.wrong += contender.run(Turn(into.nbytes, 1), seconds_max).wrong
             busy, total = cpu_times()
-        seconds, wrong = contender.run(Turn(into.nbytes, count), seconds_max)
+        result = contender.run(Turn(into.nbytes, count), seconds_max)
     except NetlabError as error:
         _fail(contender, error, lambda text: progress.console.print(text))
         return
     busy_after, total_after = cpu_times()
-    into.seconds.extend(seconds)
-    into.wrong += wrong
+    into.seconds.extend(result.seconds)
+    into.wrong += result.wrong
+    into.cpu_own += result.cpu_s
     into.cpu_busy += busy_after - busy
     into.cpu_total += total_after - total
 
@@ -187,14 +185,10 @@ def run(setting: Setting, console: Console) -> int:
             raise
         finally:
             stop_all(contenders, console.print)
-        # What else the machine did may have slowed one of the two down, and nothing can speed one up.
+        # What else the machine does can slow one of the two down; nothing can speed one up.
         line = max(line, line_rate(cluster, labels[0], labels[-1]))
-    console.print(
-        f"the line: {line / 1e9:.3f} Gbit/s (the better of two TCP streams, before and after)"
-    )
-    rows = make_rows(
-        samples, setting.workers, setting.reducers, line if setting.rate is not None else None
-    )
+    console.print(f"the line: {line / 1e9:.3f} Gbit/s (the better of two streams, before and after)")
+    rows = make_rows(samples, setting.workers, setting.reducers, line if setting.rate is not None else None)
     title = f"all-reduce, {setting.workers} workers + {setting.reducers} reducers, {limit} per host"
     console.print(make_table(rows, title))
     facts = {
@@ -231,9 +225,7 @@ def main(
     rate: Annotated[str, typer.Option(help="Each host's NIC, as tc writes it.")] = "1gbit",
     sizes: Annotated[str, typer.Option(help="Tensors.")] = "1KiB,64KiB,1MiB,16MiB,64MiB",
     contenders: Annotated[str, typer.Option(help="Who runs.")] = ",".join(CONTENDERS),
-    iterations: Annotated[
-        int | None, typer.Option(min=1, help="Rounds per size, instead of a time budget.")
-    ] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Rounds per size, instead of a time budget.")] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 180.0,
     limited: Annotated[bool, typer.Option("--limit/--no-limit", help="Limit the NICs.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a reducer.")] = 1,

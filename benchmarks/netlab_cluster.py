@@ -1,7 +1,7 @@
-"""Emulated hosts: a network namespace each, one veth each to one bridge, a rate limit on both ends.
+"""Emulated hosts: a network namespace each, a veth each to one bridge, a rate limit on both ends.
 
-The bridge lives in a namespace of its own, so nothing of the machine's own network is touched. Names
-carry the owner's process id: what a dead run left behind is known by it, and removed.
+The bridge lives in a namespace of its own, so nothing of the machine's own network is touched.
+Names carry the owner's process id: what a dead run left behind is known by it, and removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _NETNS_DIRECTORY = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
 _COMMAND_SECONDS_MAX = 30
-# A larger burst lets small messages pass unlimited; a smaller one breaks the kernel's large segments.
+# A larger burst lets small messages pass unlimited, a smaller one breaks up the kernel's large
+# segments.
 _LIMIT = "tbf rate {rate} burst 128kb latency 100ms"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -124,7 +125,7 @@ def _is_live_run(pid: int) -> bool:
 
 
 def remove_leftovers() -> list[str]:
-    """Removes the namespaces and files of netlab runs that no longer live, and returns their names."""
+    """Removes namespaces and files of netlab runs that no longer live, and returns their names."""
     removed = []
     for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
         owner = directory.name.removeprefix(f"{PREFIX}-")
@@ -140,10 +141,10 @@ def remove_leftovers() -> list[str]:
 
 
 class Cluster:
-    """`count` hosts on one switch. A context manager: leaving it removes every namespace it made."""
+    """Hosts on one switch. A context manager: leaving it removes every namespace that it made."""
 
     def __init__(self, labels: list[str], rate: str | None) -> None:
-        """Hosts named by `labels` (letters and digits); `rate` as `tc` writes it, None: unlimited."""
+        """Hosts named by `labels` (letters, digits); `rate` as `tc` writes it, None: unlimited."""
         self._owner = os.getpid()
         self._rate = rate
         self.labels = labels

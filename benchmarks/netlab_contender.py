@@ -1,7 +1,8 @@
-"""A contender: its standalone reducers and its workers, from start to end, every wait with a deadline."""
+"""A contender: its standalone reducers and its workers, from start to end."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ class Contender:
         self._store = self.cluster.directory / f"{self.name}-store"
 
     def start_reducers(self, binary: Path, labels: Sequence[str], threads: int) -> None:
-        """Starts a standalone reducer on each host of `labels`. NetlabError if one does not come up."""
+        """Starts a reducer on each host of `labels`. NetlabError if one does not come up."""
         for label in labels:
             address, namespace = (
                 self.cluster.address(label),
@@ -93,38 +94,49 @@ class Contender:
             self.workers.append(Worker(plan))
         self._gather("start", START_SECONDS_MAX + 5)
 
-    def run(self, turn: Turn, seconds_max: float) -> tuple[list[float], int]:
-        """Runs one turn: seconds of each all-reduce (the slowest rank's), and the wrong results."""
+    def run(self, turn: Turn, seconds_max: float) -> TurnResult:
+        """Runs one turn: the slowest rank's seconds, and all ranks' and reducers' other figures."""
         self._tell(turn)
         self._gather("prepare", seconds_max)
+        reducers_cpu_s = self._reducers_cpu_s()
         self._tell("go")
         results: list[TurnResult] = self._gather("all-reduce", seconds_max)
         slowest = [max(each) for each in zip(*(result.seconds for result in results), strict=True)]
-        return slowest, sum(result.wrong for result in results)
+        return TurnResult(
+            slowest,
+            sum(result.wrong for result in results),
+            sum(result.cpu_s for result in results) + self._reducers_cpu_s() - reducers_cpu_s,
+        )
+
+    def _reducers_cpu_s(self) -> float:
+        """CPU seconds that its standalone reducers have used since they started."""
+        ticks = 0
+        for reducer in self.reducers:
+            try:
+                words = Path(f"/proc/{reducer.process.pid}/stat").read_text(encoding="ascii")
+            except OSError as error:
+                raise NetlabError(f"{self.name}: the reducer at {reducer.address} died") from error
+            # The name, in parentheses, may hold blanks: user and system ticks are 14th and 15th.
+            ticks += sum(int(word) for word in words.rpartition(")")[2].split()[11:13])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def _tell(self, message: object) -> None:
         for worker in self.workers:
             try:
                 worker.connection.send(message)
             except OSError as error:
-                raise NetlabError(
-                    f"{self.name}: rank {worker.plan.rank}: {worker.last_words()}"
-                ) from error
+                raise NetlabError(f"{self.name}: rank {worker.plan.rank}: {worker.last_words()}") from error
 
     def _gather(self, what: str, seconds_max: float) -> list[Any]:
-        """One answer of every worker, by rank. The first failure, or the deadline, is a NetlabError."""
+        """One answer of each worker, by rank. NetlabError at the first failure or the deadline."""
         deadline = time.monotonic() + seconds_max
         answers: dict[int, Any] = {}
         waiting = {worker.connection.fileno(): worker for worker in self.workers}
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                ranks = ", ".join(
-                    str(rank) for rank in sorted(each.plan.rank for each in waiting.values())
-                )
-                raise NetlabError(
-                    f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s"
-                )
+                ranks = ", ".join(str(rank) for rank in sorted(each.plan.rank for each in waiting.values()))
+                raise NetlabError(f"{self.name}: no answer to `{what}` from rank {ranks} in {seconds_max:.0f} s")
             for descriptor in ready:
                 assert isinstance(descriptor, int)
                 worker = waiting.pop(descriptor)
@@ -133,13 +145,9 @@ class Contender:
                     answers[rank] = worker.connection.recv()
                 except (EOFError, OSError) as error:
                     words = worker.last_words()
-                    raise NetlabError(
-                        f"{self.name}: rank {rank} during `{what}`: {words}"
-                    ) from error
+                    raise NetlabError(f"{self.name}: rank {rank} during `{what}`: {words}") from error
                 if isinstance(answers[rank], WorkerFailure):
-                    raise NetlabError(
-                        f"{self.name}: rank {rank} during `{what}`: {answers[rank].message}"
-                    )
+                    raise NetlabError(f"{self.name}: rank {rank} during `{what}`: {answers[rank].message}")
         return [answers[rank] for rank in sorted(answers)]
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What one plain TCP stream moves between two emulated hosts: the line rate that bounds are shares of."""
+"""The line rate: what one plain TCP stream moves between two emulated hosts."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) 
         if not ours.poll(_DEADLINE_SECONDS):
             raise NetlabError("the line's receiver did not start")
         port = ours.recv()
-        sender = context.Process(
-            target=_send, args=(cluster.namespace(source), address, port), daemon=True
-        )
+        sender = context.Process(target=_send, args=(cluster.namespace(source), address, port), daemon=True)
         with signals_held():
             sender.start()
         if not ours.poll(_DEADLINE_SECONDS):

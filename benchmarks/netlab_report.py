@@ -16,7 +16,11 @@ from reducer._bench.units import format_seconds, format_size
 
 @dataclass
 class Samples:
-    """All that was measured of one contender at one size."""
+    """All that was measured of one contender at one size. CPU times in seconds.
+
+    `cpu_busy` of `cpu_total` is the whole machine's; `cpu_own` is of the contender's processes (what
+    the kernel does for the network outside of them is in neither process).
+    """
 
     nbytes: int
     contender: str
@@ -24,6 +28,7 @@ class Samples:
     wrong: int = 0
     cpu_busy: float = 0.0
     cpu_total: float = 0.0
+    cpu_own: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,12 @@ class Row:
     bound_share: float | None
     gloo_ratio: float | None
     cpu_share: float | None
+    own_cpu_share: float | None
     wrong: int
 
 
-def make_rows(
-    samples: Sequence[Samples], workers: int, reducers: int, line: float | None
-) -> list[Row]:
-    """Rows in the order of `samples`. `line` is the line rate in bit/s; None: no limit, no bounds."""
+def make_rows(samples: Sequence[Samples], workers: int, reducers: int, line: float | None) -> list[Row]:
+    """Rows in the order of `samples`; `line` is the line rate in bit/s, None: no bounds."""
     measured = [each for each in samples if each.seconds]
     gloo = {each.nbytes: median(each.seconds) for each in measured if each.contender == "gloo"}
     rows = []
@@ -68,6 +72,7 @@ def make_rows(
                 bound_share=None if bound is None else algbw / bound,
                 gloo_ratio=gloo[each.nbytes] / middle if each.nbytes in gloo else None,
                 cpu_share=each.cpu_busy / each.cpu_total if each.cpu_total else None,
+                own_cpu_share=each.cpu_own / each.cpu_total if each.cpu_total else None,
                 wrong=each.wrong,
             )
         )
@@ -88,7 +93,7 @@ def make_table(rows: Sequence[Row], title: str) -> Table:
         "of its\nbound",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("x Gloo", "CPU", "ok"):
+    for name in ("x Gloo", "CPU,\nall", "CPU,\nown", "ok"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         last = index + 1 == len(rows) or rows[index + 1].nbytes != row.nbytes
@@ -103,6 +108,7 @@ def make_table(rows: Sequence[Row], title: str) -> Table:
             _or_dash(row.bound_share, "{:.3f}"),
             _or_dash(row.gloo_ratio, "{:.2f}"),
             _or_dash(row.cpu_share, "{:.0%}"),
+            _or_dash(row.own_cpu_share, "{:.0%}"),
             "yes" if row.wrong == 0 else f"[red]{row.wrong} wrong[/red]",
             end_section=last,
         )
@@ -158,7 +164,8 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
     left.set_ylabel("algbw, Gbit/s")
     left.set_ylim(bottom=0)
     left.grid(alpha=0.25)
-    left.legend(loc="center left")
+    # Between the bounds, where no small tensor reaches.
+    left.legend(loc="upper left", bbox_to_anchor=(0.01, 0.91))
     _draw_ratios(right, rows, names, sizes)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,9 +173,7 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
     pyplot.close(figure)
 
 
-def _draw_ratios(
-    axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]
-) -> None:
+def _draw_ratios(axes: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sequence[int]) -> None:
     others = [name for name in names if name != "gloo"]
     width = 0.8 / max(1, len(others))
     for index, name in enumerate(others):

@@ -1,7 +1,7 @@
 """One rank of one contender: a process forked from the warm parent into its emulated host.
 
-The parent tells it over a socket pair what to run; between two commands it waits there, so that only
-one contender is ever at work. Commands and answers are pickled by multiprocessing's Connection.
+The parent tells it over a socket pair what to run; between two commands it waits there, so that
+only one contender is ever at work. Commands and answers are pickled by multiprocessing's Connection.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class TurnResult:
-    """Seconds of each all-reduce of a turn on one rank, and how many results were wrong."""
+    """Seconds of each all-reduce of a turn on one rank, wrong results, and the CPU time it all took."""
 
     seconds: list[float]
     wrong: int
+    cpu_s: float
 
 
 class Worker:
@@ -88,12 +89,10 @@ class Worker:
             pass
         self.end()
         code = self._exit_code or 0
-        return (
-            f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        )
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def end(self) -> None:
-        """Closes the connection, kills the process unless it ends by itself very soon, and reaps it."""
+        """Closes the connection, kills the process unless it ends very soon, and reaps it."""
         self.connection.close()
         if self._exit_code is not None:
             return
@@ -155,16 +154,18 @@ def _run_turn(plan: WorkerPlan, turn: Turn, connection: Connection) -> None:
     connection.recv()
 
     seconds = []
+    cpu = time.process_time()
     # It also brings all ranks to the same point, whenever the scheduler woke each of them up.
     dist.all_reduce(lead_in)
     for tensor in tensors:
         begin = time.perf_counter()
         dist.all_reduce(tensor)
         seconds.append(time.perf_counter() - begin)
+    cpu = time.process_time() - cpu
 
     ranks = plan.world_size
     wrong = int(not bool((lead_in == ranks).all()))
     for i, tensor in enumerate(tensors):
         expected = base * ranks + float(ranks * (ranks - 1) // 2 + ranks * i)
         wrong += int(not torch.equal(tensor, expected))
-    connection.send(TurnResult(seconds, wrong))
+    connection.send(TurnResult(seconds, wrong, cpu))

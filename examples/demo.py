@@ -1,8 +1,8 @@
 """Trains a small GPT through standalone reducers, and the same run on Gloo beside it.
 
-Everything is on this machine: 2 reducers (native processes without Python) and 4 workers that train by
-DistributedDataParallel on the source text of Python's standard library. At the end the weights of
-all workers must have the same hash.
+Everything is on this machine: 2 reducers (native processes without Python) and 4 workers that train
+by DistributedDataParallel on the source text of Python's standard library. At the end the weights
+of all workers must have the same hash.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DemoError(Exception):
 
 
 def start_reducers(count: int, stack: ExitStack) -> list[str]:
-    """Starts `count` standalone reducers on free ports of the loopback and returns their addresses."""
+    """Starts `count` standalone reducers on free loopback ports and returns their addresses."""
     import reducer
 
     binary = Path(reducer.__path__[0]) / "bin" / "reducer-server"
@@ -60,9 +60,7 @@ def start_reducers(count: int, stack: ExitStack) -> list[str]:
     command = [str(binary), "--listen", "127.0.0.1:0", "--threads", "1"]
     processes = []
     for _ in range(count):
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         stack.callback(_stop_reducer, process)
         processes.append(process)
     deadline = time.monotonic() + _READY_SECONDS_MAX
@@ -103,7 +101,8 @@ def _stop_worker(process: BaseProcess) -> None:
 
 def start_workers(plans: Sequence[RankPlan], stack: ExitStack) -> list[Connection]:
     """Starts a process per rank and returns the connections on which they report, by rank."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from here, where torch is loaded already and no thread runs yet: it saves each rank its import.
+    context = multiprocessing.get_context("fork")
     connections = []
     processes = []
     for plan in plans:
@@ -129,8 +128,7 @@ class Watcher:
         self._bars = bars
         self._tokens = tokens
         self._tasks: dict[str, TaskID] = {
-            name: bars.add_task(name, total=steps, start=False, loss="", rate="")
-            for name in backends
+            name: bars.add_task(name, total=steps, start=False, loss="", rate="") for name in backends
         }
         self._began: dict[str, tuple[float, int]] = {}
         self.results: dict[str, dict[int, RunResult]] = {name: {} for name in backends}
@@ -195,9 +193,7 @@ def mean_losses(ranks: dict[int, RunResult]) -> list[float]:
     return [sum(column) / len(column) for column in columns]
 
 
-def report(
-    results: dict[str, dict[int, RunResult]], tokens: int, console: Console
-) -> tuple[Table, bool]:
+def report(results: dict[str, dict[int, RunResult]], tokens: int, console: Console) -> tuple[Table, bool]:
     """The table of all runs, and whether every run's ranks ended with the same weights."""
     table = Table(title="the same training on each backend", title_justify="left")
     for name in (
@@ -247,7 +243,7 @@ def run(
     output: Path,
     console: Console,
 ) -> bool:
-    """The demo. Whether all ranks' weights were equal in every run; DemoError if one did not end."""
+    """The demo; whether all ranks' weights were equal in every run. DemoError if one failed."""
     tokens = workers * batch * GptConfig().context
     deadline = time.monotonic() + seconds_max
     with ExitStack() as stack:
@@ -272,6 +268,7 @@ def run(
             )
             for rank in range(workers)
         ]
+        connections = start_workers(plans, stack)
         columns = ("{task.description:8}", "{task.fields[loss]}", "{task.fields[rate]}")
         head, loss, rate = (TextColumn(text) for text in columns)
         bars = Bars(
@@ -280,7 +277,7 @@ def run(
         )  # fmt: skip
         with bars:
             watcher = Watcher(bars, steps, backends, tokens)
-            watcher.follow(start_workers(plans, stack), deadline)
+            watcher.follow(connections, deadline)
     table, all_equal = report(watcher.results, tokens, console)
     console.print(table)
     first = watcher.results[backends[0]][0]

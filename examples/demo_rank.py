@@ -5,6 +5,7 @@ DDP compares a communication hook's annotations with types: they must not be pos
 
 import hashlib
 import os
+import signal
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from gpt import Gpt, GptConfig, Windows, learning_rate_share, standard_library_text
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -75,6 +77,9 @@ class RankFailure:
 
 def run_rank(plan: RankPlan, connection: Connection) -> None:
     """The whole life of a rank's process; everything it has to say goes through `connection`."""
+    # Ctrl-C reaches the whole terminal; the parent answers it and ends the ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     backend = ""
     try:
         torch.set_num_threads(1)
@@ -135,7 +140,7 @@ def _train_steps(plan: RankPlan, model: Gpt, result: RunResult, connection: Conn
             group["lr"] = _RATE_MAX * learning_rate_share(step, plan.steps)
         loss = model.loss(wrapped(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         now = time.perf_counter()
@@ -146,7 +151,7 @@ def _train_steps(plan: RankPlan, model: Gpt, result: RunResult, connection: Conn
             connection.send(Progress(result.backend, step, result.losses[-1]))
 
 
-def timed_average(result: RunResult, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def timed_average(result: RunResult, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: the mean of a bucket, and how long the collective took."""
     gradients = bucket.buffer().div_(dist.get_world_size())
     begin = time.perf_counter()

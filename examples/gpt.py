@@ -139,7 +139,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """The share of the top learning rate at `step`: a short rise, then half a cosine down to 0.1."""
+    """The share of the top learning rate at `step`: a short rise, then half a cosine to 0.1."""
     rise = max(1, min(20, steps // 10))
     if step < rise:
         return (step + 1) / rise

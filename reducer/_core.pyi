@@ -45,3 +45,17 @@ def instruction_sets() -> list[str]:
 
 def pin_instruction_set(name: str) -> None:
     """Makes the kernels use one of instruction_sets(), in the whole process; "" returns to the best. ValueError."""
+
+class EngineProbe:
+    """An engine fed from memory, for benchmarks: `ranks` workers push `buffer_bytes` of float32 in chunks."""
+
+    def __init__(self, ranks: int, chunk_bytes: int, buffer_bytes: int) -> None: ...
+    def run(self) -> int:
+        """Sums everything once. The bytes of memory moved: every contribution read, every result written."""
+
+class AddProbe:
+    """`a[i] += b[i]` over float32 arrays of `buffer_bytes` each."""
+
+    def __init__(self, buffer_bytes: int) -> None: ...
+    def run(self) -> int:
+        """Adds once. The bytes of memory moved: two reads and a write."""

@@ -16,6 +16,7 @@ busbw, and the factors between them):
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,9 +73,7 @@ def bench_command(
             "a list of auto, direct, server, mixed and ring."
         ),
     ] = "auto",
-    collective: Annotated[
-        str, typer.Option(help=f"What to run: one of {', '.join(COLLECTIVES)}.")
-    ] = "all_reduce",
+    collective: Annotated[str, typer.Option(help=f"What to run: one of {', '.join(COLLECTIVES)}.")] = "all_reduce",
     ranks: Annotated[
         int,
         typer.Option(
@@ -90,24 +89,16 @@ def bench_command(
             "Without any, those in REDUCER_SERVERS are used, if it is set.",
         ),
     ] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Element type: one of {', '.join(DTYPES)}.")] = (
-        "float32"
-    ),
+    dtype: Annotated[str, typer.Option(help=f"Element type: one of {', '.join(DTYPES)}.")] = ("float32"),
     op: Annotated[str, typer.Option(help=f"Reduction: one of {', '.join(OPS)}.")] = "sum",
-    smallest: Annotated[str, typer.Option("--min", help="Smallest size of the whole tensor.")] = (
-        "4"
-    ),
-    largest: Annotated[str, typer.Option("--max", help="Largest size of the whole tensor.")] = (
-        "256MiB"
-    ),
+    smallest: Annotated[str, typer.Option("--min", help="Smallest size of the whole tensor.")] = ("4"),
+    largest: Annotated[str, typer.Option("--max", help="Largest size of the whole tensor.")] = ("256MiB"),
     factor: Annotated[int, typer.Option(min=2, help="Each size is so many times the last.")] = 4,
     seconds: Annotated[
         float,
         typer.Option(min=0.01, help="Time to spend on each size of each contender, in seconds."),
     ] = 1.0,
-    timeout: Annotated[
-        float, typer.Option(min=1.0, help="Seconds after which a collective counts as failed.")
-    ] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds after which a collective counts as failed.")] = 60.0,
     memory: Annotated[
         bool,
         typer.Option(
@@ -117,9 +108,7 @@ def bench_command(
         ),
     ] = False,
     memory_size: Annotated[str, typer.Option(help="Size of the tensor for --memory.")] = "1GiB",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     png_file: Annotated[
         Path | None, typer.Option("--png", help="Draw time and bandwidth over size into this file.")
     ] = None,
@@ -127,8 +116,8 @@ def bench_command(
     """Time collectives and check their results, several backends side by side.
 
     Starts its ranks on this machine, over the loopback interface. To run over a cluster, start it
-    with torchrun: torchrun ... -m reducer bench. GLOO_SOCKET_IFNAME and REDUCER_INTERFACE then
-    choose the interface.
+    with torchrun: torchrun ... -m -- reducer bench ... (the two dashes keep torchrun from taking
+    options for its own). GLOO_SOCKET_IFNAME and REDUCER_INTERFACE then choose the interface.
     """
     console = _console()
     try:
@@ -144,11 +133,11 @@ def bench_command(
             local=not ("RANK" in os.environ and "WORLD_SIZE" in os.environ),
         )
         tensor_bytes = units.parse_size(memory_size)
+        if png_file is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--png needs matplotlib: pip install matplotlib")
         _check_servers(plan, reducers)
         if not plan.local and reducers:
-            raise ValueError(
-                "--reducers starts them on one machine: under torchrun set REDUCER_SERVERS"
-            )
+            raise ValueError("--reducers starts them on one machine: under torchrun set REDUCER_SERVERS")
     except ValueError as error:
         console.print(f"[red]error:[/] {escape(str(error))}")
         raise typer.Exit(2) from None
@@ -333,8 +322,7 @@ def _check_servers(plan: Plan, reducers: int) -> None:
     needing = [name for name in plan.algorithms if name in ("server", "mixed")]
     if "reducer" in plan.backends and needing and not (reducers or plan.servers):
         raise ValueError(
-            f"the algorithm {needing[0]} needs standalone reducers: "
-            "say --reducers 2, or set REDUCER_SERVERS"
+            f"the algorithm {needing[0]} needs standalone reducers: say --reducers 2, or set REDUCER_SERVERS"
         )
 
 

@@ -1,30 +1,35 @@
-"""The command ``reducer``: serve, stats, bench, info."""
+"""The command ``reducer``: serve, stats, bench, info.
+
+It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` asks for it.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
-import subprocess
+import platform
+import socket
 import sys
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import reducer
-from reducer.bench import bench_command
-from reducer.serve import serve as start_server
-from reducer.serve import server_binary
+from reducer.errors import ReducerError
+
+EXIT_FAILED = 1
 
 app = typer.Typer(
     name="reducer",
-    help="Collective communication for PyTorch through reduction servers.",
+    help="Data-parallel PyTorch training through reduction servers.\n\n"
+    "A first run on one machine, without any set-up: reducer bench --ranks 4",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("bench")(bench_command)
 
 
 def _version(wanted: bool) -> None:
@@ -35,7 +40,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
 ) -> None:
     pass
 
@@ -43,91 +50,206 @@ def _root(
 @app.command()
 def serve(
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0 picks a free one and prints it.")
+        str,
+        typer.Option(metavar="HOST:PORT", help="Where to serve; 0.0.0.0 is every interface, port 0 picks a free port."),
     ] = "0.0.0.0:7000",
     threads: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads that move and sum data [default: cores, at most 4].")
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="Threads that move and sum data (default: the cores, at most 4)."),
     ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most memory promised to groups, as in 512MiB or 4GiB [default: half of this host's]. A group of n "
-            "workers needs 2 x n x window: 4 MiB for each worker by default.",
+            help="Most memory promised to groups, as in 512MiB or 4GiB (default: half of this host's). A group of n "
+            "workers needs 2 x n x window, by default 4 MiB for each worker; what does not fit is refused.",
         ),
     ] = None,
     grace: Annotated[
         int, typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, how long groups at work may finish.")
     ] = 30,
 ) -> None:
-    """Run a reduction server on this host.
+    """Run a reduction server on this host, until a signal ends it.
 
-    Prints one line when ready. SIGTERM drains: no new group is taken in, and the process ends when the last worker has left.
+    It prints one line with its address when it is ready. SIGTERM, or Ctrl-C,
+    drains it: it takes in no new group, and ends when the last worker has left
+    or the grace is over; a second signal ends it at once. The exit status is 0
+    after a drain, 1 if it cannot serve (a port in use), 2 for a wrong option.
 
-    Workers find it by REDUCER_SERVERS=host:port,host:port. Example: reducer serve --listen 0.0.0.0:7000 --memory-limit 8GiB
+    Example, on each of two hosts:
+    reducer serve --listen 0.0.0.0:7000 --threads 4 --memory-limit 8GiB
+
+    Workers find them by the environment:
+    REDUCER_SERVERS=host1:7000,host2:7000
     """
+    from reducer.serve import serve as start
+
     arguments = ["--listen", listen, "--grace", str(grace)]
     if threads is not None:
         arguments += ["--threads", str(threads)]
     if memory_limit is not None:
         arguments += ["--memory-limit", memory_limit]
-    start_server(arguments)
+    start(arguments)
 
 
 @app.command()
 def stats(
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="A running reducer.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the reply as JSON.")] = False,
+    addresses: Annotated[list[str], typer.Argument(metavar="HOST:PORT", help="Running reducers.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON for each reducer, in the given order; bytes and seconds.")
+    ] = False,
 ) -> None:
-    """Ask a reducer what it is doing: memory, bytes, slots, groups."""
-    asked = subprocess.run([server_binary(), "--stats", address], capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
-        typer.echo(asked.stderr.strip(), err=True)
-        raise typer.Exit(asked.returncode)
-    if as_json:
-        typer.echo(asked.stdout.strip())
-        return
-    reply: dict[str, Any] = json.loads(asked.stdout)
-    groups: list[dict[str, Any]] = reply.pop("groups", [])
+    """Ask running reducers for their counters: memory, bytes, slots, groups.
+
+    Example: reducer stats host1:7000 host2:7000
+
+    Memory is reserved (promised to groups) or held (by chunks that wait for
+    other ranks). A slot is one chunk of one operation. The exit status is 1 if
+    a reducer does not answer within 5 seconds.
+    """
+    from reducer.serve import query_stats
+
+    failed = False
+    for address in addresses:
+        try:
+            reply = query_stats(address)
+        except ReducerError as error:
+            typer.echo(f"reducer: {error}", err=True)
+            failed = True
+            continue
+        if as_json:
+            typer.echo(json.dumps(reply))
+        else:
+            _print_stats(address, reply)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_stats(address: str, reply: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from reducer._bench.units import format_seconds, format_size
+
+    memory = [format_size(reply[f"{name}_bytes"]) for name in ("reserved", "held", "memory_limit")]
     table = Table(title=f"reducer at {address}", show_header=False)
-    for key, value in reply.items():
-        table.add_row(key.replace("_", " "), str(value))
+    table.add_row("state", "draining" if reply["draining"] else "serving")
+    table.add_row("up for", format_seconds(reply["uptime_s"]))
+    table.add_row("protocol", str(reply["protocol_version"]))
+    table.add_row("memory", f"{memory[0]} reserved, {memory[1]} held, limit {memory[2]}")
+    table.add_row("most held", format_size(reply["held_bytes_max"]))
+    table.add_row("pushed to it", format_size(reply["pushed_bytes"]))
+    table.add_row("sent from it", format_size(reply["result_bytes"]))
+    table.add_row("slots", "{slots_done} done, {slots_failed} failed, {slots_open} open".format_map(reply))
+    table.add_row("connections", f"{reply['connections']} open, {reply['refused']} refusals")
     console = Console()
     console.print(table)
-    if groups:
-        listing = Table("job", "group", "ranks connected", "bytes reserved", title="groups")
-        for group in groups:
-            listing.add_row(
-                str(group["job"])[:8],
-                str(group["group"]),
-                f"{group['connected']} of {group['world_size']}",
-                str(group["reserved_bytes"]),
-            )
-        console.print(listing)
+    if not reply["groups"]:
+        return
+    groups = Table("job", "group", "workers connected", "memory reserved", title="groups")
+    for group in reply["groups"]:
+        connected = f"{group['connected']} of {group['world_size']}"
+        groups.add_row(group["job"][:8], group["group"], connected, format_size(group["reserved_bytes"]))
+    console.print(groups)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    """Time and check collectives, several backends side by side."""
+    try:
+        # Here, because it imports torch; it also has the options.
+        from reducer.bench import bench_command
+    except ModuleNotFoundError as error:
+        raise ReducerError(f"the benchmark needs {error.name}: pip install 'reducer[bench]'") from error
+    measure = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    measure.command()(bench_command)
+    measure(context.args, prog_name="reducer bench")
 
 
 @app.command()
 def info() -> None:
-    """Print versions, instruction sets and the settings in effect: what a bug report needs."""
+    """Print versions, instruction sets, interfaces and the settings in effect.
+
+    A report of a fault should have it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False)
     table.add_row("reducer", reducer.__version__)
-    table.add_row("python", sys.version.split()[0])
+    table.add_row("python", platform.python_version())
+    table.add_row("system", platform.platform())
+    try:
+        found_torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        found_torch = "not installed"
+    table.add_row("torch found", found_torch)
+    fine = _add_native(table)
+    for name, address in _interfaces():
+        table.add_row(f"interface {name}", address)
+    Console().print(table)
+    if not fine:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _add_native(table: Any) -> bool:
+    """Rows that come from the native library; False if it, or a setting, is wrong."""
     try:
         from reducer import _core
+        from reducer.options import Settings, resolve
     except ImportError as error:
         table.add_row("native library", f"cannot be loaded: {error}")
-    else:
-        table.add_row("protocol", str(_core.protocol_version))
-        table.add_row("built for torch", _core.torch_version)
-        table.add_row("instruction sets", ", ".join(_core.instruction_sets()))
-    for name in sorted(name for name in os.environ if name.startswith("REDUCER_")):
-        table.add_row(name, os.environ[name])
-    Console().print(table)
+        return False
+    table.add_row("torch built for", _core.torch_version)
+    table.add_row("protocol", str(_core.protocol_version))
+    table.add_row("instruction sets", ", ".join(_core.instruction_sets()))
+    try:
+        settings = resolve()
+    except ReducerError as error:
+        table.add_row("settings", f"wrong: {error}")
+        return False
+    for field in fields(Settings):
+        variable = f"REDUCER_{field.name.upper()}"
+        given = os.environ.get(variable, "").strip()
+        value = getattr(settings, field.name)
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        if not given:
+            text = f"{'none' if text == '' else 'chosen by the library' if text == '0' else text} (default)"
+        table.add_row(variable, text)
+    return True
+
+
+def _interfaces() -> list[tuple[str, str]]:
+    """Names and IPv4 addresses of this host's interfaces, as REDUCER_INTERFACE takes them."""
+    import fcntl
+    import struct
+
+    get_address = 0x8915  # SIOCGIFADDR
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(any_socket, get_address, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # no IPv4 address
+            found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """The console script. Errors are one line on stderr and exit status 1; those of the options end with 2."""
+    try:
+        app()
+    except ReducerError as error:
+        print(f"reducer: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

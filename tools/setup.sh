@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that reducer needs on this machine: system packages (Debian, by apt), .venv, the native build.
 # Idempotent, and quick when there is nothing to do. `make setup` calls it. From the environment:
-#   PYTHON           the interpreter for a new .venv (default: python3; 3.10 or newer)
+#   PYTHON           the interpreter for a new .venv (default: python3; 3.11 or newer, as the pinned packages want)
 #   TORCH_INDEX_URL  where torch's CPU build is found (default: PyTorch's own index)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -39,9 +39,9 @@ system_packages() {
 virtual_environment() {
   if "$python" -c '' 2>/dev/null; then return; fi
   local interpreter=${PYTHON:-python3}
-  command -v "$interpreter" >/dev/null || fail "no $interpreter; set PYTHON to a Python 3.10 or newer"
-  "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "$("$interpreter" --version) is too old; set PYTHON to a Python 3.10 or newer"
+  command -v "$interpreter" >/dev/null || fail "no $interpreter; set PYTHON to a Python 3.11 or newer"
+  "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$("$interpreter" --version) is too old; set PYTHON to a Python 3.11 or newer"
   say "$venv of $("$interpreter" --version)"
   "$interpreter" -m venv --clear "$venv"
 }

@@ -1,8 +1,8 @@
 #include "kernels/reduce.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+#include <memory>
 
 #include "common/check.h"
 #include "kernels/reduce_targets.h"
@@ -10,16 +10,34 @@
 namespace reducer::kernels {
 namespace {
 
-constexpr std::size_t kElementBytesMax = 16;
+// Inputs are taken in blocks of this size (a multiple of every element and of every vector). A block that lies
+// across two pieces is copied together first: with pieces of the usual 8 KiB and more that is a small part of all
+// bytes, and the loops see only long contiguous runs. Larger blocks copy more, smaller ones ask every input more often.
+constexpr std::size_t kBlockBytes = 1024;
+
+// The longest run in one go: what it wrote is still in the cache if it has to be divided.
+constexpr std::size_t kRunBytesMax = std::size_t{32} << 10;
 
 /// Walks through a payload's pieces.
 class Reader {
  public:
-  explicit Reader(const Payload& payload) : pieces_(payload.pieces()) {}
+  explicit Reader(std::span<const Bytes> pieces) : pieces_(pieces) {}
 
-  /// What is left of the current piece.
-  Bytes run() const { return pieces_.empty() ? Bytes() : pieces_.front().subspan(at_); }
+  /// How many bytes follow without a break; at least one must be left.
+  std::size_t contiguous() const { return pieces_.front().size() - at_; }
 
+  /// The next `nbytes`, where they are, or if they lie in several pieces: copied to `scratch`.
+  const std::uint8_t* take(std::size_t nbytes, std::uint8_t* scratch) {
+    if (contiguous() < nbytes) {
+      copy(scratch, nbytes);
+      return scratch;
+    }
+    const std::byte* here = pieces_.front().data() + at_;
+    skip(nbytes);
+    return reinterpret_cast<const std::uint8_t*>(here);
+  }
+
+ private:
   void skip(std::size_t nbytes) {
     at_ += nbytes;
     if (at_ == pieces_.front().size()) {
@@ -30,21 +48,19 @@ class Reader {
 
   void copy(std::uint8_t* to, std::size_t nbytes) {
     while (nbytes > 0) {
-      const Bytes here = run().first(std::min(nbytes, run().size()));
-      std::memcpy(to, here.data(), here.size());
-      skip(here.size());
-      to += here.size();
-      nbytes -= here.size();
+      const std::size_t here = std::min(nbytes, contiguous());
+      std::memcpy(to, pieces_.front().data() + at_, here);
+      skip(here);
+      to += here;
+      nbytes -= here;
     }
   }
 
- private:
   std::span<const Bytes> pieces_;
   std::size_t at_ = 0;
 };
 
 std::uint8_t* raw(std::byte* bytes) { return reinterpret_cast<std::uint8_t*>(bytes); }
-const std::uint8_t* raw(const std::byte* bytes) { return reinterpret_cast<const std::uint8_t*>(bytes); }
 
 template <class T>
 void divideIntegers(std::byte* out, std::size_t count, std::int64_t divisor) {
@@ -56,68 +72,60 @@ void divideIntegers(std::byte* out, std::size_t count, std::int64_t divisor) {
   }
 }
 
-bool isInteger(DataType dtype) { return supports(ReduceOp::kBitAnd, dtype) && dtype != DataType::kBool; }
+bool isInteger(DataType dtype) {
+  return supports(ReduceOp::kBitAnd, dtype) && dtype != DataType::kBool;
+}
 
-}  // namespace
-
-void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::byte* out, std::size_t count) {
-  REDUCER_CHECK(!inputs.empty() && op != ReduceOp::kNone && supports(op, dtype));
+/// `out` may be where the first reader reads.
+void combine(DataType dtype, ReduceOp op, std::span<Reader> readers, std::byte* out,
+             std::size_t count) {
   const std::size_t element = sizeOf(dtype);
-  std::vector<Reader> readers;
-  readers.reserve(inputs.size());
-  for (const Payload& input : inputs) {
-    REDUCER_CHECK(input.nbytes() == count * element);
-    readers.emplace_back(input);
-  }
-  std::vector<const std::uint8_t*> sources(inputs.size());
-  std::vector<std::uint8_t> straddling;
-  for (std::size_t done = 0; done < count;) {
-    // As far as every input goes without a break; if one breaks within an element, that element is put together.
-    std::size_t run = (count - done) * element;
-    for (const Reader& reader : readers) run = std::min(run, reader.run().size());
-    std::size_t elements = run / element;
-    if (elements > 0) {
-      for (std::size_t i = 0; i < readers.size(); ++i) {
-        sources[i] = raw(readers[i].run().data());
-        readers[i].skip(elements * element);
-      }
-    } else {
-      elements = 1;
-      straddling.resize(readers.size() * kElementBytesMax);
-      for (std::size_t i = 0; i < readers.size(); ++i) {
-        std::uint8_t* whole = straddling.data() + i * kElementBytesMax;
-        readers[i].copy(whole, element);
-        sources[i] = whole;
+  const std::size_t nbytes = count * element;
+  const bool integer_mean = op == ReduceOp::kAvg && isInteger(dtype);
+  std::vector<const std::uint8_t*> sources(readers.size());
+  std::unique_ptr<std::uint8_t[]> scratch;
+  for (std::size_t done = 0; done < nbytes;) {
+    std::size_t run = std::min(nbytes - done, kRunBytesMax);
+    for (const Reader& reader : readers) run = std::min(run, reader.contiguous());
+    run -= run % kBlockBytes;
+    if (run == 0) {
+      run = std::min(nbytes - done, kBlockBytes);
+      if (!scratch) {
+        scratch = std::make_unique_for_overwrite<std::uint8_t[]>(readers.size() * kBlockBytes);
       }
     }
-    reduceContiguous(dtype, op, raw(out) + done * element, sources.data(), sources.size(), elements);
-    done += elements;
-  }
-  if (op == ReduceOp::kAvg && isInteger(dtype)) {
-    divide(dtype, out, count, static_cast<std::int64_t>(inputs.size()));
+    for (std::size_t i = 0; i < readers.size(); ++i) {
+      sources[i] = readers[i].take(run, scratch.get() + i * kBlockBytes);
+    }
+    std::byte* to = out + done;
+    reduceContiguous(dtype, op, raw(to), sources.data(), sources.size(), run / element);
+    if (integer_mean) divide(dtype, to, run / element, static_cast<std::int64_t>(readers.size()));
+    done += run;
   }
 }
 
-void accumulate(DataType dtype, ReduceOp op, std::byte* out, const Payload& in, std::size_t count) {
-  REDUCER_CHECK(op != ReduceOp::kNone && supports(op, dtype) && in.nbytes() == count * sizeOf(dtype));
-  if (op == ReduceOp::kAvg) op = dtype == DataType::kBool ? ReduceOp::kBitAnd : ReduceOp::kSum;
-  const std::size_t element = sizeOf(dtype);
-  Reader reader(in);
-  std::array<std::uint8_t, kElementBytesMax> straddling;
-  for (std::size_t done = 0; done < count;) {
-    std::size_t elements = reader.run().size() / element;
-    std::uint8_t* to = raw(out) + done * element;
-    const std::uint8_t* sources[] = {to, raw(reader.run().data())};
-    if (elements > 0) {
-      reader.skip(elements * element);
-    } else {
-      elements = 1;
-      reader.copy(straddling.data(), element);
-      sources[1] = straddling.data();
-    }
-    reduceContiguous(dtype, op, to, sources, 2, elements);
-    done += elements;
+}  // namespace
+
+void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::byte* out,
+            std::size_t count) {
+  REDUCER_CHECK(!inputs.empty() && op != ReduceOp::kNone && supports(op, dtype));
+  std::vector<Reader> readers;
+  readers.reserve(inputs.size());
+  for (const Payload& input : inputs) {
+    REDUCER_CHECK(input.nbytes() == count * sizeOf(dtype));
+    readers.emplace_back(input.pieces());
   }
+  combine(dtype, op, readers, out, count);
+}
+
+void accumulate(DataType dtype, ReduceOp op, std::byte* out, const Payload& in, std::size_t count) {
+  REDUCER_CHECK(op != ReduceOp::kNone && supports(op, dtype));
+  REDUCER_CHECK(in.nbytes() == count * sizeOf(dtype));
+  // The mean is made at the end by divide(), except for booleans, whose mean is "and".
+  if (op == ReduceOp::kAvg) op = dtype == DataType::kBool ? ReduceOp::kBitAnd : ReduceOp::kSum;
+  const Bytes own(out, in.nbytes());
+  Reader readers[] = {Reader({&own, 1}), Reader(in.pieces())};
+  combine(dtype, op, readers, out, count);
 }
 
 void divide(DataType dtype, std::byte* out, std::size_t count, std::int64_t divisor) {

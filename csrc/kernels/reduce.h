@@ -16,15 +16,16 @@ namespace reducer::kernels {
 ///
 /// This is the library's one definition of a sum. Accumulators: float32 for float32, bfloat16 and
 /// float16 (rounded once, to nearest even, at the end); float64 for float64; complex64 in float32 and
-/// complex128 in float64 parts; integers exact modulo 2^bits. No fused multiply-add, so the bits are the same on every instruction set.
-/// kAvg divides the accumulator once by inputs.size() before the final rounding (integers: toward zero).
-/// bool: any non-zero byte is true, results are 0 or 1; sum, max and bor are "or", product, min and band
-/// are "and", bxor is "exclusive or", avg is "and" (the truncated mean).
+/// complex128 in float64 parts; integers exact modulo 2^bits. No fused multiply-add, and a NaN in a
+/// result is always the same positive quiet one, so the bits are equal on every instruction set.
+/// kAvg divides the accumulator once by inputs.size() before the final rounding (integers: toward
+/// zero). bool: any non-zero byte is true, results are 0 or 1; sum, max and bor are "or", product,
+/// min and band are "and", bxor is "exclusive or", avg is "and" (the truncated mean).
 /// min and max: a NaN in any input gives NaN; of equal values (+0, -0) the first input's is kept.
 ///
 /// `inputs`: at least one; each of exactly count * sizeOf(dtype) bytes, in pieces of any size and
 /// alignment. `out`: count * sizeOf(dtype) bytes, any alignment, overlapping no input.
-/// Reads each input once and writes `out` once (cache-sized blocks). supports(op, dtype) must hold; kNone is not allowed.
+/// Reads each input once and writes `out` once. supports(op, dtype) must hold; kNone is not allowed.
 /// Thread safe; allocates nothing that outlives the call.
 void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::byte* out,
             std::size_t count);
@@ -39,10 +40,12 @@ void accumulate(DataType dtype, ReduceOp op, std::byte* out, const Payload& in, 
 /// out[i] = out[i] / divisor (integers toward zero): the ring's last step for kAvg.
 void divide(DataType dtype, std::byte* out, std::size_t count, std::int64_t divisor);
 
-/// Instruction sets that this machine can run, best first, by Highway's names ("AVX3", "AVX2", "SSE4" ...).
+/// Instruction sets that this machine can run, best first, by Highway's names ("AVX3", "AVX2",
+/// "SSE4" ...). Thread safe.
 std::vector<std::string> instructionSets();
 
-/// Pins one of instructionSets() for the whole process (tests, benchmarks); "" returns to the best. False if unknown.
+/// Pins one of instructionSets() for the whole process (tests, benchmarks); "" returns to the best.
+/// False, and nothing changes, if unknown. Must not run while another thread is in this header's functions.
 bool pinInstructionSet(const std::string& name);
 
 }  // namespace reducer::kernels

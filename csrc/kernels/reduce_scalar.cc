@@ -1,7 +1,8 @@
 // The reference that tests compare with: one element at a time, written to be read.
-#include <complex>
 #include <cmath>
+#include <complex>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "common/check.h"
@@ -41,6 +42,18 @@ template <class T>
 inline constexpr bool kIsComplex = false;
 template <class T>
 inline constexpr bool kIsComplex<std::complex<T>> = true;
+
+/// Which of two NaNs survives an addition is the compiler's choice, so all NaNs become one.
+template <class T>
+T settled(T value) {
+  if constexpr (kIsComplex<T>) {
+    return {settled(value.real()), settled(value.imag())};
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return std::isnan(value) ? std::numeric_limits<T>::quiet_NaN() : value;
+  } else {
+    return value;
+  }
+}
 
 template <class T>
 T add(T a, T b) {
@@ -115,7 +128,7 @@ void run(ReduceOp op, std::span<const Payload> inputs, std::byte* out, std::size
       accumulator = combine(op, accumulator, Element::load(values[r][i]));
     }
     if (op == ReduceOp::kAvg) accumulator = divideBy(accumulator, inputs.size());
-    const Stored stored = Element::store(accumulator);
+    const Stored stored = Element::store(settled(accumulator));
     std::memcpy(out + i * sizeof(Stored), &stored, sizeof(Stored));
   }
 }

@@ -11,6 +11,7 @@
 #include "common/limits.h"
 #include "common/types.h"
 #include "kernels/reduce.h"
+#include "python/probes.h"
 #include "runtime/runtime.h"
 
 namespace py = pybind11;
@@ -150,4 +151,11 @@ PYBIND11_MODULE(_core, m) {
           }
         },
         py::arg("name"));
+
+  py::class_<python::EngineProbe>(m, "EngineProbe")
+      .def(py::init<int, std::size_t, std::size_t>(), py::arg("ranks"), py::arg("chunk_bytes"), py::arg("buffer_bytes"))
+      .def("run", &python::EngineProbe::run, py::call_guard<py::gil_scoped_release>());
+  py::class_<python::AddProbe>(m, "AddProbe")
+      .def(py::init<std::size_t>(), py::arg("buffer_bytes"))
+      .def("run", &python::AddProbe::run, py::call_guard<py::gil_scoped_release>());
 }

@@ -35,9 +35,7 @@ class Case:
     after the block, without work between two timed calls. Not thread safe.
     """
 
-    def __init__(
-        self, key: CaseKey, rank: int, world_size: int, iterations: int, device: torch.device
-    ) -> None:
+    def __init__(self, key: CaseKey, rank: int, world_size: int, iterations: int, device: torch.device) -> None:
         self.key = key
         self._rank = rank
         self._world_size = world_size

@@ -115,9 +115,7 @@ def run_case(
     return outcomes
 
 
-def _iterations_per_round(
-    contender: Contender, case: Message, budget: Budget, outcome: Outcome
-) -> int:
+def _iterations_per_round(contender: Contender, case: Message, budget: Budget, outcome: Outcome) -> int:
     trial = Outcome(contender.name, 0)
     _measure(contender, case, 2, budget, trial)
     if trial.measured and trial.median_s < 0.02:
@@ -132,9 +130,7 @@ def _iterations_per_round(
     return max(1, round(total / budget.rounds))
 
 
-def _measure(
-    contender: Contender, case: Message, iterations: int, budget: Budget, outcome: Outcome
-) -> None:
+def _measure(contender: Contender, case: Message, iterations: int, budget: Budget, outcome: Outcome) -> None:
     if contender.failed is not None or outcome.error is not None:
         outcome.error = outcome.error or contender.failed
         return

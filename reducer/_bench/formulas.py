@@ -36,7 +36,7 @@ def bus_factor(collective: str, n: int) -> float:
 
 
 def owner_shares(algorithm: str, n: int, k: int) -> tuple[float, float]:
-    """Parts of the bytes that each worker's own and each standalone reducer owns (docs/algorithms.md).
+    """Parts of the bytes that each worker's and each standalone reducer owns (docs/algorithms.md).
 
     n workers, k standalone reducers; n times the first and k times the second make 1.
     """

@@ -13,9 +13,7 @@ from reducer._bench import patterns
 from reducer._bench.machine import peak_bytes, reset_peak, resident_bytes
 
 
-def measure_worker(
-    group: dist.ProcessGroup, nbytes: int, rank: int, world_size: int
-) -> dict[str, Any]:
+def measure_worker(group: dist.ProcessGroup, nbytes: int, rank: int, world_size: int) -> dict[str, Any]:
     """One all-reduce of float32 in place. What is resident beforehand includes the whole tensor.
 
     Returns {"extra_bytes", "wrong", "counters"}: `wrong` elements, and the group's own counters

@@ -70,13 +70,9 @@ class Finding:
         }
 
 
-def run_memory(
-    contender: Contender, nbytes: int, reducer_pids: Sequence[int], timeout_s: float
-) -> Finding:
+def run_memory(contender: Contender, nbytes: int, reducer_pids: Sequence[int], timeout_s: float) -> Finding:
     """One all-reduce of `nbytes` by an opened contender."""
-    finding = Finding(
-        contender.name, contender.team.world_size, len(reducer_pids), error=contender.failed
-    )
+    finding = Finding(contender.name, contender.team.world_size, len(reducer_pids), error=contender.failed)
     if contender.failed is not None:
         return finding
     warm_up = {"do": "memory", "group": contender.name, "nbytes": 16 << 20}
@@ -92,9 +88,7 @@ def run_memory(
         finding.error = str(error)
         return finding
     finding.worker_extra = max(reply["extra_bytes"] for reply in replies)
-    finding.reducer_extra = [
-        peak_bytes(pid) - start for pid, start in zip(reducer_pids, before, strict=True)
-    ]
+    finding.reducer_extra = [peak_bytes(pid) - start for pid, start in zip(reducer_pids, before, strict=True)]
     finding.wrong = sum(reply["wrong"] for reply in replies)
     finding.counters = replies[0]["counters"]
     return finding

@@ -64,9 +64,7 @@ class Rank:
 
     def _do_host_store(self, host: str, world_size: int) -> Message:
         """Rank 0: makes the store that all ranks will meet at, on a free port."""
-        store = TCPStore(
-            host, 0, world_size, is_master=True, wait_for_workers=False, timeout=_seconds(60)
-        )
+        store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=_seconds(60))
         self.adopt(store, 0, world_size, 0)
         return {"port": store.port}
 
@@ -75,9 +73,7 @@ class Rank:
         self.adopt(store, rank, world_size, rank)
         return {}
 
-    def _do_open(
-        self, name: str, backend: str, environment: dict[str, str], timeout_s: float
-    ) -> Message:
+    def _do_open(self, name: str, backend: str, environment: dict[str, str], timeout_s: float) -> Message:
         """Makes the group `name`. The environment holds while it is made: backends read it then."""
         device = self._device_for(backend)
         with _environment(environment):
@@ -184,8 +180,7 @@ class Rank:
             raise RuntimeError("NCCL needs a CUDA GPU and this machine has none")
         if self._local_rank >= torch.cuda.device_count():
             raise RuntimeError(
-                "NCCL needs a GPU for every rank: "
-                f"this machine has {torch.cuda.device_count()}, and more ranks"
+                f"NCCL needs a GPU for every rank: this machine has {torch.cuda.device_count()}, and more ranks"
             )
         device = torch.device("cuda", self._local_rank)
         torch.cuda.set_device(device)

@@ -111,9 +111,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str,
     path.write_text(json.dumps({**about, "results": list(rows)}, indent=2) + "\n")
 
 
-def write_bench_png(
-    path: Path, title: str, collective: str, n: int, cases: Sequence[Sequence[Outcome]]
-) -> None:
+def write_bench_png(path: Path, title: str, collective: str, n: int, cases: Sequence[Sequence[Outcome]]) -> None:
     """Time and bus bandwidth over size, both axes logarithmic."""
     import matplotlib
 
@@ -136,11 +134,12 @@ def write_bench_png(
         }
         medians = [outcome.median_s for outcome in found]
         left.plot(sizes, medians, **style)
-        left.fill_between(
-            sizes, medians, [o.p99_s for o in found], alpha=0.12, color=style["color"]
-        )
+        if len(names) <= 2:  # More of them would hide each other.
+            slow = [outcome.p99_s for outcome in found]
+            left.fill_between(sizes, medians, slow, alpha=0.12, color=style["color"])
         right.plot(sizes, [o.algbw * factor / 1e9 for o in found], **style)
-    left.set_ylabel("time (line: median, shade: up to p99)")
+    shade = ", shade: up to p99" if len(names) <= 2 else ""
+    left.set_ylabel(f"time (line: median{shade})")
     right.set_ylabel("bus bandwidth, GB/s")
     left.set_title("Time", loc="left")
     right.set_title("Bus bandwidth", loc="left")

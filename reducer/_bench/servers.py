@@ -18,9 +18,7 @@ def server_binary() -> Path:
     """Where `reducer-server` is. FileNotFoundError says how to build it."""
     binary = Path(__file__).resolve().parents[1] / "bin" / "reducer-server"
     if not os.access(binary, os.X_OK):
-        raise FileNotFoundError(
-            f"the standalone reducer is not built: {binary} does not exist; run `make setup`"
-        )
+        raise FileNotFoundError(f"the standalone reducer is not built: {binary} does not exist; run `make setup`")
     return binary
 
 

@@ -154,7 +154,10 @@ class LocalTeam:
                     raise self._children[silent].fail(f"did not answer within {timeout_s:.0f} s")
                 for key, _ in ready:
                     rank = key.data
-                    piece = self._sockets[rank].recv(1 << 16)
+                    try:
+                        piece = self._sockets[rank].recv(1 << 16)
+                    except ConnectionError:
+                        piece = b""  # It ended with a command unread.
                     if not piece:
                         raise self._children[rank].fail("ended")
                     self._unread[rank] += piece

@@ -26,7 +26,7 @@ LINE = 0.955e9
 
 
 def samples(contender: str, nbytes: int, seconds: list[float], wrong: int = 0) -> Any:
-    return netlab_report.Samples(nbytes, contender, seconds, wrong, cpu_busy=30.0, cpu_total=120.0)
+    return netlab_report.Samples(nbytes, contender, seconds, wrong, cpu_busy=30.0, cpu_total=120.0, cpu_own=12.0)
 
 
 def test_rows_give_bandwidth_bound_and_ratio() -> None:
@@ -43,6 +43,7 @@ def test_rows_give_bandwidth_bound_and_ratio() -> None:
     assert math.isclose(server.bound_share, 1.0)
     assert math.isclose(server.gloo_ratio, 2.0)
     assert math.isclose(server.cpu_share, 0.25)
+    assert math.isclose(server.own_cpu_share, 0.1)
     # A ring's bound is n / (2(n-1)) of the line; Gloo here has half of the line.
     assert math.isclose(gloo.bound_share, 0.5 / (8 / 14))
     assert gloo.gloo_ratio == 1.0
