@@ -89,7 +89,7 @@ fuzz: fuzz-smoke ## the same, half an hour each
 test-python: setup ## pytest: the backend, the reducers, the command line, as real processes
 	$(VENV)/python -m pytest $(ARGS)
 
-tidy: setup ## clang-tidy on everything that does not include torch (not a part of test; CI runs it)
+tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
 	cmake -S . -B build/native >/dev/null
 	$(RUN_CLANG_TIDY) -clang-tidy-binary $(CLANG_TIDY) -quiet -j $(JOBS) -p build/native \
 	  '/csrc/(common|kernels|wire|engine|transport|server|collective|runtime|reducerd)/'

@@ -1,8 +1,8 @@
 // How fast the kernels are, beside what the machine can do: memcpy, and a plain loop that adds.
 //
-// A line is named CODE/TYPE/n:INPUTS/BYTES. bytes_per_second counts input: INPUTS * BYTES per iteration (one input
-// for memcpy), so lines with the same number of inputs compare directly. "cut" lines get their inputs in pieces of
-// about 8 KiB at odd addresses, as a network delivers them.
+// A line is named CODE/TYPE/n:INPUTS/BYTES. bytes_per_second counts input: INPUTS * BYTES per
+// iteration (one input for memcpy), so lines with the same number of inputs compare directly. "cut"
+// lines get their inputs in pieces of about 8 KiB at odd addresses, as a network delivers them.
 #include <benchmark/benchmark.h>
 
 #include <cstddef>
@@ -52,9 +52,11 @@ void setBytes(benchmark::State& state, std::size_t nbytes) {
   state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(nbytes));
 }
 
-void reduceNary(benchmark::State& state, DataType dtype, std::size_t inputs, std::size_t nbytes, bool in_pieces) {
+void reduceNary(benchmark::State& state, DataType dtype, std::size_t inputs, std::size_t nbytes,
+                bool in_pieces) {
   std::vector<Payload> payloads;
-  for (std::size_t i = 0; i < inputs; ++i) payloads.push_back(in_pieces ? cut(nbytes, i) : whole(nbytes));
+  for (std::size_t i = 0; i < inputs; ++i)
+    payloads.push_back(in_pieces ? cut(nbytes, i) : whole(nbytes));
   const auto out = allocate(nbytes);
   for (auto _ : state) {
     reduce(dtype, ReduceOp::kSum, payloads, out.get(), nbytes / sizeOf(dtype));

@@ -162,7 +162,7 @@ def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> Non
     left.set_xticks(sizes, [format_size(size) for size in sizes])
     left.set_xlabel("tensor")
     left.set_ylabel("algbw, Gbit/s")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.08e-9 * max(max(row.algbw, row.bound or 0.0) for row in rows))
     left.grid(alpha=0.25)
     # Between the bounds, where no small tensor reaches.
     left.legend(loc="upper left", bbox_to_anchor=(0.01, 0.91))

@@ -138,18 +138,20 @@ class WorkerFailure:
 
 
 def _serve(plan: WorkerPlan, connection: Connection) -> None:
+    base = torch.empty(0)
     while True:
         turn = connection.recv()
         if turn is None:
             return
-        _run_turn(plan, turn, connection)
+        count = max(1, turn.nbytes // 4)
+        if base.numel() != count:
+            base = torch.arange(count, dtype=torch.float32).remainder_(_VALUES)
+        _run_turn(plan, turn, base, connection)
 
 
-def _run_turn(plan: WorkerPlan, turn: Turn, connection: Connection) -> None:
-    count = max(1, turn.nbytes // 4)
-    base = torch.arange(count, dtype=torch.float32).remainder_(_VALUES)
+def _run_turn(plan: WorkerPlan, turn: Turn, base: torch.Tensor, connection: Connection) -> None:
     tensors = [base + float(plan.rank + i) for i in range(turn.count)]
-    lead_in = torch.ones(min(count, _LEAD_IN_BYTES_MAX // 4))
+    lead_in = torch.ones(min(base.numel(), _LEAD_IN_BYTES_MAX // 4))
     connection.send("prepared")
     connection.recv()
 
@@ -166,6 +168,6 @@ def _run_turn(plan: WorkerPlan, turn: Turn, connection: Connection) -> None:
     ranks = plan.world_size
     wrong = int(not bool((lead_in == ranks).all()))
     for i, tensor in enumerate(tensors):
-        expected = base * ranks + float(ranks * (ranks - 1) // 2 + ranks * i)
+        expected = base.mul(ranks).add_(ranks * (ranks - 1) // 2 + ranks * i)
         wrong += int(not torch.equal(tensor, expected))
     connection.send(TurnResult(seconds, wrong, cpu))

@@ -1,6 +1,7 @@
 """Kernels and engine under pytest-benchmark: ``.venv/bin/python -m pytest benchmarks/test_core.py --benchmark-enable``.
 
-The column to read is ``extra_info`` (printed by ``--benchmark-json`` and in the summary line at the end): GB/s of memory moved, and the
+The column to read is ``extra_info`` (printed by ``--benchmark-json`` and in the summary line at the end): GB/s of
+memory moved, and the
 ratio to a plain ``a[i] += b[i]`` loop measured in the same test, in turns.
 """
 

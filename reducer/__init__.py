@@ -1,7 +1,9 @@
 """Data-parallel training through reduction servers: a backend of ``torch.distributed`` named "reducer".
 
-Importing this package registers the backend. Where the package is installed the import is not even needed: torch finds the
-backend by its entry point, and ``torch.distributed.init_process_group("reducer")`` works. The native library is loaded when the
+Importing this package registers the backend. Where the package is installed the import is not even needed: torch
+finds the
+backend by its entry point, and ``torch.distributed.init_process_group("reducer")`` works. The native library is loaded
+when the
 first group is made.
 
     import torch.distributed as dist
@@ -77,13 +79,14 @@ def _autoload() -> None:
 
 
 def _register() -> None:
-    """Registers the backend now, unless torch will call `_autoload` when it is imported (a reducer's host has no torch)."""
+    """Registers the backend now, unless torch will call `_autoload` when it is imported (a reducer's host has no
+    torch).
+    """
     if "torch" not in sys.modules:
         if importlib.util.find_spec("torch") is None:
             return
         if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1" and any(
-            point.value == "reducer:_autoload"
-            for point in importlib.metadata.entry_points(group=_ENTRY_POINT_GROUP)
+            point.value == "reducer:_autoload" for point in importlib.metadata.entry_points(group=_ENTRY_POINT_GROUP)
         ):
             return
         importlib.import_module("torch")

@@ -36,7 +36,8 @@ def resolve_servers(servers: Sequence[str]) -> list[str]:
 def reduce(dtype: str, op: str, inputs: Sequence[Buffer], out: Buffer) -> None:
     """out[i] = inputs[0][i] op inputs[1][i] op ..., from left to right, by the library's one definition.
 
-    dtype: "float32", "bfloat16" ...; op: "sum", "product", "min", "max", "band", "bor", "bxor" or "avg". All buffers are contiguous and
+    dtype: "float32", "bfloat16" ...; op: "sum", "product", "min", "max", "band", "bor", "bxor" or "avg".
+    All buffers are contiguous and
     of one size; `out` overlaps none of the inputs. TypeError, ValueError. Releases the GIL.
     """
 

@@ -1,6 +1,7 @@
 """How a group comes to be: settings are read, ranks find each other through the store, the native backend takes over.
 
-Every rank writes one entry into the store, with its address and settings or with what went wrong. Rank 0 reads all entries,
+Every rank writes one entry into the store, with its address and settings or with what went wrong. Rank 0 reads all
+entries,
 compares them, and writes a verdict, which all ranks read: the list of addresses, or one text that every rank raises.
 """
 
@@ -65,7 +66,7 @@ def load_native() -> ModuleType:
 class _Place:
     """A rank's place in a group that is being made."""
 
-    store: dist.Store
+    store: Any
     rank: int
     world_size: int
     name: str
@@ -100,7 +101,8 @@ def _as_timedelta(value: Any) -> timedelta:
 def create(options: Any, backend_options: Options | None = None) -> _torch.ReducerBackend:
     """Makes this rank's backend of a group; what torch calls. All ranks of the group must call it.
 
-    Raises InvalidArgumentError (malformed settings), MismatchError (they differ between ranks), TimeoutError (a rank does not
+    Raises InvalidArgumentError (malformed settings), MismatchError (they differ between ranks), TimeoutError (a
+    rank does not
     come), UnavailableError (a name or an address that cannot be used), VersionError. All ranks raise, and soon.
     """
     place = _Place.of(options)
@@ -189,27 +191,39 @@ def _publish_verdict(place: _Place, verdict: dict[str, Any], absent: int = 0) ->
     place.store.set(f"{place.prefix}/verdict", json.dumps({**verdict, "readers": readers}))
     if "error" not in verdict or readers <= 0:
         return
-    try:
-        place.store.wait([f"{place.prefix}/read"], _FAREWELL)
-    except dist.DistError:
+    if not _wait(place, "read", _FAREWELL):
         log.debug(place.says("not every rank has read the verdict within %s"), _FAREWELL)
+
+
+def _wait(place: _Place, key: str, patience: timedelta) -> bool:
+    """Whether the key came in time. Raises UnavailableError if the store is gone."""
+    try:
+        place.store.wait([f"{place.prefix}/{key}"], patience)
+    except dist.DistNetworkError as error:
+        raise errors.UnavailableError(
+            f"the store was lost while the group was being made; look at the output of the process that holds "
+            f"it, often "
+            f"rank 0 ({error})"
+        ) from error
+    except RuntimeError:  # each kind of store has its own for the end of its patience
+        return False
+    return True
 
 
 def _await_verdict(place: _Place) -> dict[str, Any]:
     try:
-        place.store.wait([f"{place.prefix}/verdict"], place.timeout + _VERDICT_GRACE)
-        verdict: dict[str, Any] = json.loads(place.store.get(f"{place.prefix}/verdict"))
-    except dist.DistStoreError as error:
+        came = _wait(place, "verdict", place.timeout + _VERDICT_GRACE)
+    except errors.UnavailableError as error:
+        raise errors.UnavailableError(place.says(str(error))) from error
+    if not came:
         raise errors.TimeoutError(
             place.says(
-                f"rank 0 did not come within {place.timeout.total_seconds():g} s to make the group; look at its output, "
+                f"rank 0 did not come within {place.timeout.total_seconds():g} s to make the group; look at its "
+                f"output, "
                 "and make sure that all ranks make the same groups in the same order"
             )
-        ) from error
-    except dist.DistError as error:
-        raise errors.UnavailableError(
-            place.says(f"the store was lost before rank 0 had made the group; look at its output ({error})")
-        ) from error
+        )
+    verdict: dict[str, Any] = json.loads(place.store.get(f"{place.prefix}/verdict"))
     if "error" in verdict:
         # The last reader lets rank 0 go.
         if place.store.add(f"{place.prefix}/reading", 1) >= verdict["readers"]:
@@ -263,11 +277,9 @@ def _collect(place: _Place) -> dict[int, dict[str, Any]]:
     while missing:
         # A short wait for one rank, so that the failure of another is not noticed only after it.
         patience = max(0.001, min(0.5, deadline - time.monotonic()))
-        try:
-            place.store.wait([f"{place.prefix}/entry/{missing[0]}"], timedelta(seconds=patience))
-        except dist.DistStoreError:
-            if time.monotonic() >= deadline:
-                break
+        came = _wait(place, f"entry/{missing[0]}", timedelta(seconds=patience))
+        if not came and time.monotonic() >= deadline:
+            break
         for rank in list(missing):
             key = f"{place.prefix}/entry/{rank}"
             if not place.store.check([key]):
@@ -292,7 +304,8 @@ def _check_complete(place: _Place, entries: dict[int, dict[str, Any]]) -> None:
     if missing:
         raise errors.TimeoutError(
             f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {place.world_size} did not come within "
-            f"{place.timeout.total_seconds():g} s to make the group; look at their output, and make sure that all ranks "
+            f"{place.timeout.total_seconds():g} s to make the group; look at their output, and make sure that "
+            f"all ranks "
             "make the same groups in the same order"
         )
 
@@ -328,7 +341,8 @@ def _check_addresses(entries: dict[int, dict[str, Any]]) -> None:
     ]
     if len(hosts) > 1 and unreachable:
         raise errors.InvalidArgumentError(
-            "REDUCER_INTERFACE: the ranks are on several hosts, and these would listen on an address that no other host "
+            "REDUCER_INTERFACE: the ranks are on several hosts, and these would listen on an address that no "
+            "other host "
             f"reaches: {', '.join(unreachable)}; set it to the name or the address of the interface towards the others"
         )
 

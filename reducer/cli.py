@@ -1,6 +1,6 @@
 """The command ``reducer``: serve, stats, bench, info.
 
-It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` asks for it.
+It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` needs it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def serve(
     ] = "0.0.0.0:7000",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=256, metavar="N", help="Threads that move and sum data (default: the cores, at most 4)."),
+        typer.Option(min=1, max=256, metavar="N", help="Threads that move and sum data (default: cores, at most 4)."),
     ] = None,
     memory_limit: Annotated[
         str | None,

@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions.
 
-Errors of settings and of making a group are these. Errors of a collective come from torch: ``ValueError`` and ``TypeError`` for
+Errors of settings and of making a group are these. Errors of a collective come from torch: ``ValueError`` and
+``TypeError`` for
 its arguments, ``torch.distributed.DistBackendError`` from ``wait()`` for everything that happened on the way.
 """
 

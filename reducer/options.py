@@ -23,15 +23,18 @@ T = TypeVar("T")
 class Options:
     """The ``pg_options`` of ``init_process_group`` and ``new_group``.
 
-    What is None comes from the environment variable ``REDUCER_<NAME IN CAPITALS>``, and if that is unset too, from the default.
+    What is None comes from the environment variable ``REDUCER_<NAME IN CAPITALS>``, and if that is unset too, from
+    the default.
 
-    servers: addresses of the standalone reducers, "host:port,host:port" or a list; a name with several addresses counts as
+    servers: addresses of the standalone reducers, "host:port,host:port" or a list; a name with several addresses
+            counts as
         several. Default: none.
     algorithm: "auto", "direct", "server", "mixed" or "ring". Default: "auto" ("mixed" with servers, else "direct").
     transport: "auto" or "grpc". Default: "auto".
     chunk_bytes: the largest chunk, 4096 or "4KiB" to "16MiB". Default: chosen from the number of owners.
     window_bytes: the most bytes that a worker has under way, 2097152 or "2MiB". Default: chosen by the library.
-    interface: name or address of the interface on which other workers reach this one. Default: the one with the route to the
+    interface: name or address of the interface on which other workers reach this one. Default: the one with the
+    route to the
         store's host.
     connect_timeout: how long to wait for a reducer that does not answer; seconds or a timedelta. Default: 60.
     checksum: whether payloads carry a CRC32C. Default: False.

@@ -48,41 +48,44 @@ class GroupHandle final : public Group {
       state_->runRing(call, bytes(out), std::move(options), std::move(done));
       return;
     }
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      Transfer all = mapped(call, seq);
-      all.in = bytes(in);
-      all.out = bytes(out);
-      return std::vector<Transfer>{std::move(all)};
-    });
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  Transfer all = mapped(call, seq);
+                  all.in = bytes(in);
+                  all.out = bytes(out);
+                  return std::vector<Transfer>{std::move(all)};
+                });
   }
 
   void reduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op, Rank root,
               CallOptions options, Done done) override {
     if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
     const wire::Call call = makeCall(Collective::kReduce, op, dtype, count, root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      Transfer all = mapped(call, seq);
-      all.puller = root;
-      all.in = bytes(in);
-      if (rank_ == root) all.out = bytes(out);
-      return std::vector<Transfer>{std::move(all)};
-    });
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  Transfer all = mapped(call, seq);
+                  all.puller = root;
+                  all.in = bytes(in);
+                  if (rank_ == root) all.out = bytes(out);
+                  return std::vector<Transfer>{std::move(all)};
+                });
   }
 
   void broadcast(void* data, std::size_t count, DataType dtype, Rank root, CallOptions options,
                  Done done) override {
     if (!checkRank("root", root, done)) return;
     const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype, count, root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      Transfer all = mapped(call, seq);
-      all.pusher = root;
-      if (rank_ == root) {
-        all.in = bytes(data);
-      } else {
-        all.out = bytes(data);
-      }
-      return std::vector<Transfer>{std::move(all)};
-    });
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  Transfer all = mapped(call, seq);
+                  all.pusher = root;
+                  if (rank_ == root) {
+                    all.in = bytes(data);
+                  } else {
+                    all.out = bytes(data);
+                  }
+                  return std::vector<Transfer>{std::move(all)};
+                });
   }
 
   void barrier(CallOptions options, Done done) override {
@@ -96,97 +99,106 @@ class GroupHandle final : public Group {
     if (!checkSize("outs", outs.size(), done) || !checkSize("counts", counts.size(), done)) return;
     const wire::Call call = makeCall(Collective::kAllGather, ReduceOp::kNone, dtype, sum(counts));
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
-      for (Rank r = 0; r < n_; ++r) {
-        if (counts[r] == 0) continue;
-        Transfer part = owned(r, counts[r] * sizeOf(dtype));
-        part.pusher = r;
-        if (r == rank_) {
-          part.in = bytes(in);
-        } else {
-          part.out = bytes(outs[r]);
-        }
-        transfers.push_back(std::move(part));
-      }
-      return transfers;
-    });
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  std::vector<Transfer> transfers = compared(seq);
+                  for (Rank r = 0; r < n_; ++r) {
+                    if (counts[r] == 0) continue;
+                    Transfer part = owned(r, counts[r] * sizeOf(dtype));
+                    part.pusher = r;
+                    if (r == rank_) {
+                      part.in = bytes(in);
+                    } else {
+                      part.out = bytes(outs[r]);
+                    }
+                    transfers.push_back(std::move(part));
+                  }
+                  return transfers;
+                });
   }
 
-  void reduceScatter(std::span<const void* const> ins, void* out, std::span<const std::size_t> counts,
-                     DataType dtype, ReduceOp op, CallOptions options, Done done) override {
+  void reduceScatter(std::span<const void* const> ins, void* out,
+                     std::span<const std::size_t> counts, DataType dtype, ReduceOp op,
+                     CallOptions options, Done done) override {
     if (!checkOp(op, dtype, done) || !checkSize("ins", ins.size(), done) ||
         !checkSize("counts", counts.size(), done)) {
       return;
     }
     const wire::Call call = makeCall(Collective::kReduceScatter, op, dtype, sum(counts));
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
-      for (Rank r = 0; r < n_; ++r) {
-        if (counts[r] == 0) continue;
-        Transfer part = owned(r, counts[r] * sizeOf(dtype));
-        part.puller = r;
-        part.in = bytes(ins[r]);
-        if (r == rank_) part.out = bytes(out);
-        transfers.push_back(std::move(part));
-      }
-      return transfers;
-    });
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  std::vector<Transfer> transfers = compared(seq);
+                  for (Rank r = 0; r < n_; ++r) {
+                    if (counts[r] == 0) continue;
+                    Transfer part = owned(r, counts[r] * sizeOf(dtype));
+                    part.puller = r;
+                    part.in = bytes(ins[r]);
+                    if (r == rank_) part.out = bytes(out);
+                    transfers.push_back(std::move(part));
+                  }
+                  return transfers;
+                });
   }
 
   void gather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
               DataType dtype, Rank root, CallOptions options, Done done) override {
     if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
     if (rank_ == root && !checkSize("outs", outs.size(), done)) return;
-    const wire::Call call = makeCall(Collective::kGather, ReduceOp::kNone, dtype, sum(counts), root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
-      for (Rank r = 0; r < n_; ++r) {
-        if (rank_ != root && rank_ != r) continue;
-        addPart(transfers, r, root, root, counts[r] * sizeOf(dtype), rank_ == r ? in : nullptr,
-                rank_ == root ? outs[r] : nullptr);
-      }
-      return transfers;
-    });
+    const wire::Call call =
+        makeCall(Collective::kGather, ReduceOp::kNone, dtype, sum(counts), root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  std::vector<Transfer> transfers = compared(seq);
+                  for (Rank r = 0; r < n_; ++r) {
+                    if (rank_ != root && rank_ != r) continue;
+                    addPart(transfers, r, root, root, counts[r] * sizeOf(dtype),
+                            rank_ == r ? in : nullptr, rank_ == root ? outs[r] : nullptr);
+                  }
+                  return transfers;
+                });
   }
 
   void scatter(std::span<const void* const> ins, void* out, std::span<const std::size_t> counts,
                DataType dtype, Rank root, CallOptions options, Done done) override {
     if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
     if (rank_ == root && !checkSize("ins", ins.size(), done)) return;
-    const wire::Call call = makeCall(Collective::kScatter, ReduceOp::kNone, dtype, sum(counts), root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
-      for (Rank r = 0; r < n_; ++r) {
-        if (rank_ != root && rank_ != r) continue;
-        addPart(transfers, root, r, r, counts[r] * sizeOf(dtype), rank_ == root ? ins[r] : nullptr,
-                rank_ == r ? out : nullptr);
-      }
-      return transfers;
-    });
+    const wire::Call call =
+        makeCall(Collective::kScatter, ReduceOp::kNone, dtype, sum(counts), root);
+    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
+                [&](std::uint64_t seq) {
+                  std::vector<Transfer> transfers = compared(seq);
+                  for (Rank r = 0; r < n_; ++r) {
+                    if (rank_ != root && rank_ != r) continue;
+                    addPart(transfers, root, r, r, counts[r] * sizeOf(dtype),
+                            rank_ == root ? ins[r] : nullptr, rank_ == r ? out : nullptr);
+                  }
+                  return transfers;
+                });
   }
 
   void allToAll(std::span<const void* const> ins, std::span<const std::size_t> in_counts,
-                std::span<void* const> outs, std::span<const std::size_t> out_counts, DataType dtype,
-                CallOptions options, Done done) override {
+                std::span<void* const> outs, std::span<const std::size_t> out_counts,
+                DataType dtype, CallOptions options, Done done) override {
     if (!checkSize("ins", ins.size(), done) || !checkSize("in_counts", in_counts.size(), done) ||
-        !checkSize("outs", outs.size(), done) || !checkSize("out_counts", out_counts.size(), done)) {
+        !checkSize("outs", outs.size(), done) ||
+        !checkSize("out_counts", out_counts.size(), done)) {
       return;
     }
     // The ranks' counts differ by nature; each pair's are compared where they meet.
     const wire::Call call = makeCall(Collective::kAllToAll, ReduceOp::kNone, dtype, 0);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
-      for (Rank r = 0; r < n_; ++r) {
-        if (r == rank_) {
-          addPart(transfers, r, r, r, in_counts[r] * sizeOf(dtype), ins[r], outs[r]);
-          continue;
-        }
-        addPart(transfers, rank_, r, r, in_counts[r] * sizeOf(dtype), ins[r], nullptr);
-        addPart(transfers, r, rank_, rank_, out_counts[r] * sizeOf(dtype), nullptr, outs[r]);
-      }
-      return transfers;
-    });
+    state_->run(
+        call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+          std::vector<Transfer> transfers = compared(seq);
+          for (Rank r = 0; r < n_; ++r) {
+            if (r == rank_) {
+              addPart(transfers, r, r, r, in_counts[r] * sizeOf(dtype), ins[r], outs[r]);
+              continue;
+            }
+            addPart(transfers, rank_, r, r, in_counts[r] * sizeOf(dtype), ins[r], nullptr);
+            addPart(transfers, r, rank_, rank_, out_counts[r] * sizeOf(dtype), nullptr, outs[r]);
+          }
+          return transfers;
+        });
   }
 
   void send(const void* in, std::size_t count, DataType dtype, Rank to, std::uint32_t tag,
@@ -194,8 +206,8 @@ class GroupHandle final : public Group {
     pair(rank_, to, to, count, dtype, tag, in, nullptr, std::move(options), std::move(done));
   }
 
-  void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag, CallOptions options,
-            Done done) override {
+  void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag,
+            CallOptions options, Done done) override {
     pair(from, rank_, from, count, dtype, tag, nullptr, out, std::move(options), std::move(done));
   }
 
@@ -274,14 +286,14 @@ class GroupHandle final : public Group {
   }
   bool checkRank(const char* what, Rank rank, const Done& done) const {
     if (rank >= 0 && rank < n_) return true;
-    done(invalid(std::string(what) + " is " + std::to_string(rank) + ", but the ranks of this group are 0 to " +
-                 std::to_string(n_ - 1)));
+    done(invalid(std::string(what) + " is " + std::to_string(rank) +
+                 ", but the ranks of this group are 0 to " + std::to_string(n_ - 1)));
     return false;
   }
   bool checkSize(const char* what, std::size_t size, const Done& done) const {
     if (size == static_cast<std::size_t>(n_)) return true;
-    done(invalid(std::string(what) + " has " + std::to_string(size) + " entries, one for each of the " +
-                 std::to_string(n_) + " ranks is needed"));
+    done(invalid(std::string(what) + " has " + std::to_string(size) +
+                 " entries, one for each of the " + std::to_string(n_) + " ranks is needed"));
     return false;
   }
 
@@ -305,11 +317,13 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
   }
   if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
   if (config.settings.algorithm == Algorithm::kServer && config.servers.empty()) {
-    return invalid("the algorithm 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
-                   "`reducer serve`, or use 'direct'");
+    return invalid(
+        "the algorithm 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start "
+        "some with "
+        "`reducer serve`, or use 'direct'");
   }
-  if (config.settings.chunk_bytes != 0 &&
-      (config.settings.chunk_bytes < kMinChunkBytes || config.settings.chunk_bytes > kMaxChunkBytes)) {
+  if (config.settings.chunk_bytes != 0 && (config.settings.chunk_bytes < kMinChunkBytes ||
+                                           config.settings.chunk_bytes > kMaxChunkBytes)) {
     return invalid("REDUCER_CHUNK_BYTES is " + std::to_string(config.settings.chunk_bytes) +
                    ", outside of 4KiB to 16MiB");
   }

@@ -20,38 +20,42 @@
 namespace reducer::collective {
 
 struct GroupConfig {
-  std::string job;   ///< 16 random bytes, equal on all ranks of this group instance, new for each instance
+  std::string
+      job;  ///< 16 random bytes, equal on all ranks of this group instance, new for each instance
   std::string name;  ///< readable, for messages
   Rank rank = 0;
   std::int32_t world_size = 1;
   std::vector<std::string> workers;  ///< address of the reducer inside each worker, by rank
-  std::vector<std::string> servers;  ///< addresses of the standalone reducers, equal and in equal order on all ranks
-  std::string host;                  ///< "hostname:pid" of this rank, for messages
+  std::vector<std::string>
+      servers;  ///< addresses of the standalone reducers, equal and in equal order on all ranks
+  std::string host;  ///< "hostname:pid" of this rank, for messages
   Settings settings;
 };
 
 struct CallOptions {
   std::chrono::milliseconds timeout{1'800'000};
-  /// Kept until no byte of inputs and outputs is used any more (which may be after a failed call's `done`).
+  /// Kept until no byte of inputs and outputs is used any more (which may be after a failed call's
+  /// `done`).
   std::shared_ptr<const void> keepalive;
 };
 
-/// Called exactly once per operation, from any thread, perhaps before the call that started the operation
-/// returns. Must not block and must not throw.
+/// Called exactly once per operation, from any thread, perhaps before the call that started the
+/// operation returns. Must not block and must not throw.
 using Done = std::function<void(const Status&)>;
 
 struct GroupCounters {
   std::uint64_t operations = 0;
-  std::uint64_t pushed_bytes = 0;   ///< payload bytes sent to owners, this process' own included
+  std::uint64_t pushed_bytes = 0;  ///< payload bytes sent to owners, this process' own included
   std::uint64_t pulled_bytes = 0;
   std::uint64_t outstanding_bytes_max = 0;  ///< high-water mark of chunk bytes in flight
   std::uint64_t window_bytes = 0;           ///< its bound
 };
 
-/// The collectives. Every call queues the operation and returns; `done` tells the end. All ranks must make the same calls in
-/// the same order (send and recv: per pair and tag); when they do not, every rank gets kMismatch naming who called what, inputs are as
-/// before, and the group goes on with the next call. Counts are in elements of `dtype`; a zero count is
-/// a valid operation. `in` may equal `out`; otherwise they must not overlap.
+/// The collectives. Every call queues the operation and returns; `done` tells the end. All ranks
+/// must make the same calls in the same order (send and recv: per pair and tag); when they do not,
+/// every rank gets kMismatch naming who called what, inputs are as before, and the group goes on
+/// with the next call. Counts are in elements of `dtype`; a zero count is a valid operation. `in`
+/// may equal `out`; otherwise they must not overlap.
 ///
 /// Thread safety: any thread; the order of concurrent calls is the order in which they get through.
 /// Lifetime: transport and server must outlive the group.
@@ -64,30 +68,35 @@ class Group {
   virtual void allReduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op,
                          CallOptions options, Done done) = 0;
   /// `out` is used at the root only (elsewhere null is fine).
-  virtual void reduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op, Rank root,
-                      CallOptions options, Done done) = 0;
+  virtual void reduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op,
+                      Rank root, CallOptions options, Done done) = 0;
   /// In place: read at the root, written elsewhere.
-  virtual void broadcast(void* data, std::size_t count, DataType dtype, Rank root, CallOptions options,
-                         Done done) = 0;
+  virtual void broadcast(void* data, std::size_t count, DataType dtype, Rank root,
+                         CallOptions options, Done done) = 0;
   virtual void barrier(CallOptions options, Done done) = 0;
-  /// outs[r]: room for counts[r] elements, the part of rank r; counts equal on all ranks; `in` has counts[rank].
-  virtual void allGather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
-                         DataType dtype, CallOptions options, Done done) = 0;
+  /// outs[r]: room for counts[r] elements, the part of rank r; counts equal on all ranks; `in` has
+  /// counts[rank].
+  virtual void allGather(const void* in, std::span<void* const> outs,
+                         std::span<const std::size_t> counts, DataType dtype, CallOptions options,
+                         Done done) = 0;
   /// ins[r]: the counts[r] elements that go into rank r's result; `out` has room for counts[rank].
   virtual void reduceScatter(std::span<const void* const> ins, void* out,
                              std::span<const std::size_t> counts, DataType dtype, ReduceOp op,
                              CallOptions options, Done done) = 0;
   /// outs is used at the root only (empty elsewhere); counts equal on all ranks.
-  virtual void gather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
-                      DataType dtype, Rank root, CallOptions options, Done done) = 0;
+  virtual void gather(const void* in, std::span<void* const> outs,
+                      std::span<const std::size_t> counts, DataType dtype, Rank root,
+                      CallOptions options, Done done) = 0;
   /// ins is used at the root only (empty elsewhere); counts equal on all ranks.
-  virtual void scatter(std::span<const void* const> ins, void* out, std::span<const std::size_t> counts,
-                       DataType dtype, Rank root, CallOptions options, Done done) = 0;
+  virtual void scatter(std::span<const void* const> ins, void* out,
+                       std::span<const std::size_t> counts, DataType dtype, Rank root,
+                       CallOptions options, Done done) = 0;
   /// ins[r] has in_counts[r] elements for rank r; outs[r] gets out_counts[r] from rank r.
   virtual void allToAll(std::span<const void* const> ins, std::span<const std::size_t> in_counts,
-                        std::span<void* const> outs, std::span<const std::size_t> out_counts, DataType dtype,
-                        CallOptions options, Done done) = 0;
-  /// Done once the receiver has asked for it and the bytes have left. Sending to oneself is refused.
+                        std::span<void* const> outs, std::span<const std::size_t> out_counts,
+                        DataType dtype, CallOptions options, Done done) = 0;
+  /// Done once the receiver has asked for it and the bytes have left. Sending to oneself is
+  /// refused.
   virtual void send(const void* in, std::size_t count, DataType dtype, Rank to, std::uint32_t tag,
                     CallOptions options, Done done) = 0;
   virtual void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag,
@@ -103,8 +112,8 @@ class Group {
 
   /// Fails everything outstanding, and every later call, with kAborted and `reason`. Idempotent.
   virtual void abort(const std::string& reason) = 0;
-  /// Leaves in good order: fails what is outstanding with kAborted, says goodbye to the owners and starts to close the
-  /// connections. Idempotent; the destructor does it too.
+  /// Leaves in good order: fails what is outstanding with kAborted, says goodbye to the owners and
+  /// starts to close the connections. Idempotent; the destructor does it too.
   virtual void close() = 0;
   /// Waits (real time) until every connection is closed. False if that took longer than `timeout`.
   virtual bool waitClosed(Duration timeout) = 0;

@@ -16,8 +16,9 @@ namespace {
 
 constexpr Duration kTick = std::chrono::milliseconds(50);
 
-// A reducer reports a late rank when the operation's timeout has passed. The worker itself waits this much
-// longer before it says that the reducer is silent, since the reducer's message says more.
+// A reducer reports a late rank when the operation's timeout has passed. The worker itself waits
+// this much longer before it says that the reducer is silent, since the reducer's message says
+// more.
 constexpr Duration kGrace = std::chrono::milliseconds(1000);
 
 std::uint64_t fnv1a(const std::string& text) {
@@ -33,14 +34,16 @@ std::string join(const std::vector<std::string>& items) {
 }
 
 std::string settingsText(const GroupConfig& config, Algorithm algorithm, const ShardMap& map) {
-  return "algorithm " + std::string(nameOf(algorithm)) + ", chunk " + std::to_string(map.chunkBytes()) +
-         " B, window " + std::to_string(map.windowBytesTotal()) + " B, checksum " +
-         (config.settings.checksum ? "on" : "off") + ", servers '" + join(config.servers) + "'";
+  return "algorithm " + std::string(nameOf(algorithm)) + ", chunk " +
+         std::to_string(map.chunkBytes()) + " B, window " + std::to_string(map.windowBytesTotal()) +
+         " B, checksum " + (config.settings.checksum ? "on" : "off") + ", servers '" +
+         join(config.servers) + "'";
 }
 
 }  // namespace
 
-GroupState::GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local)
+GroupState::GroupState(GroupConfig config, transport::Transport& transport,
+                       server::ReducerServer& local)
     : config_(std::move(config)),
       transport_(transport),
       local_(local),
@@ -65,8 +68,10 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.hello.config_text = settings_text;
   link.hello.config = fnv1a(settings_text);
   const std::string address = owner < n ? config_.workers[owner] : config_.servers[owner - n];
-  link.name = owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
-  link.connect = [this, address, local = link.in_process](std::shared_ptr<transport::Handler> handler) {
+  link.name =
+      owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
+  link.connect = [this, address,
+                  local = link.in_process](std::shared_ptr<transport::Handler> handler) {
     if (local) return local_.connectLocal(std::move(handler));
     return transport_.connect(address, std::move(handler), config_.settings.connect_timeout);
   };
@@ -78,7 +83,8 @@ void GroupState::start() {
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
   }
-  // All owners at once: a rank that dies is noticed by each of them. Own reducer too, for send and recv.
+  // All owners at once: a rank that dies is noticed by each of them. Own reducer too, for send and
+  // recv.
   links_[config_.rank]->open();
   for (const OwnerIndex owner : map_.owners()) links_[owner]->open();
   ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
@@ -96,7 +102,8 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
     const std::lock_guard lock(mutex_);
     status = broken_;
     if (status.ok()) {
-      const std::uint64_t seq = lane == wire::kCollectiveLane ? sequence_++ : pair_sequences_[lane]++;
+      const std::uint64_t seq =
+          lane == wire::kCollectiveLane ? sequence_++ : pair_sequences_[lane]++;
       const OperationId id{lane, seq};
       Operation::Info info;
       info.call = call;
@@ -129,11 +136,12 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
   }
 }
 
-// A piece to each owner in turn, beginning behind this rank's own, so that at the start of an operation no owner's NIC
-// is every worker's first.
+// A piece to each owner in turn, beginning behind this rank's own, so that at the start of an
+// operation no owner's NIC is every worker's first.
 void GroupState::pump(const std::vector<OwnerIndex>& owners) {
   if (owners.empty()) return;
-  const auto first = std::upper_bound(owners.begin(), owners.end(), static_cast<OwnerIndex>(config_.rank));
+  const auto first =
+      std::upper_bound(owners.begin(), owners.end(), static_cast<OwnerIndex>(config_.rank));
   const std::size_t shift = first == owners.end() ? 0 : first - owners.begin();
   bool more = true;
   while (more) {
@@ -155,7 +163,8 @@ void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions opt
            for (std::uint32_t t = 0; t < exchange->transfers().size(); ++t) {
              const Plan& plan = exchange->transfers()[t].plan;
              for (std::uint32_t position = 0; position < plan.owners.size(); ++position) {
-               queued.emplace_back(plan.owners[position], Cursor{exchange, t, position, 0, plan.rounds});
+               queued.emplace_back(plan.owners[position],
+                                   Cursor{exchange, t, position, 0, plan.rounds});
              }
            }
            return queued;
@@ -166,11 +175,13 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions opt
   launch(call, wire::kCollectiveLane, std::move(options), std::move(done),
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const OwnerIndex next = (config_.rank + 1) % config_.world_size;
-           const auto ring = std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
-                                                             config_.world_size, map_.chunkBytes(), links_[next]);
+           const auto ring =
+               std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
+                                               config_.world_size, map_.chunkBytes(), links_[next]);
            operation = ring;
            Queued queued;
-           for (Cursor& cursor : ring->pulls()) queued.emplace_back(config_.rank, std::move(cursor));
+           for (Cursor& cursor : ring->pulls())
+             queued.emplace_back(config_.rank, std::move(cursor));
            queued.emplace_back(next, ring->firstPushes());
            queued.emplace_back(map_.coordinator(ring->info().seq), ring->comparison());
            return queued;
@@ -192,7 +203,8 @@ void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status&
   if (!operation->fail(status)) return;
   for (const auto& link : links_) {
     link->cancel(*operation, status);
-    link->pump(std::numeric_limits<std::size_t>::max());  // others may have waited for its place in the window
+    link->pump(std::numeric_limits<std::size_t>::max());  // others may have waited for its place in
+                                                          // the window
   }
 }
 
@@ -267,7 +279,8 @@ void GroupState::close() {
 
 bool GroupState::waitClosed(Duration timeout) {
   const auto deadline = Clock::now() + timeout;
-  while (!std::all_of(links_.begin(), links_.end(), [](const auto& link) { return link->closed(); })) {
+  while (
+      !std::all_of(links_.begin(), links_.end(), [](const auto& link) { return link->closed(); })) {
     if (Clock::now() >= deadline) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }

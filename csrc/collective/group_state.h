@@ -1,4 +1,5 @@
-// What a group shares between its calls: owners, sequence numbers, operations under way, and their failure.
+// What a group shares between its calls: owners, sequence numbers, operations under way, and their
+// failure.
 #pragma once
 
 #include <atomic>
@@ -29,7 +30,8 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   using Cut = std::function<std::vector<Transfer>(std::uint64_t seq)>;
 
   /// Numbers the operation in its lane and starts it.
-  void run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done, const Cut& cut);
+  void run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
+           const Cut& cut);
   void runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done);
 
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
@@ -50,10 +52,11 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   using Queued = std::vector<std::pair<OwnerIndex, Cursor>>;
 
   std::shared_ptr<Link> makeLink(OwnerIndex owner, const std::string& settings_text);
-  /// Makes the operation with its number and queues its pieces; all under one lock, so that every link has the
-  /// operations in the order of their numbers.
+  /// Makes the operation with its number and queues its pieces; all under one lock, so that every
+  /// link has the operations in the order of their numbers.
   template <class Make>
-  void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done, Make make);
+  void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
+              Make make);
   void pump(const std::vector<OwnerIndex>& owners);
   void fail(const std::shared_ptr<Operation>& operation, const Status& status);
   void tick(TimePoint now);

@@ -40,8 +40,8 @@ void Link::open() {
 Status Link::enqueue(Cursor cursor) {
   const std::lock_guard lock(mutex_);
   if (closed_ || closing_) {
-    return Status(Code::kUnavailable,
-                  config_.name + (down_.ok() ? " has left the group" : " is gone: " + down_.message()));
+    return Status(Code::kUnavailable, config_.name + (down_.ok() ? " has left the group"
+                                                                 : " is gone: " + down_.message()));
   }
   queues_[cursor.operation->info().lane].cursors.push_back(std::move(cursor));
   return {};
@@ -63,7 +63,8 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
     // Making a piece is cheap, and the one that does not fit is made again later.
     Piece piece = cursor.operation->piece(cursor.transfer, cursor.position, cursor.round);
     const std::size_t cost = costOf(piece);
-    if (queue.outstanding_bytes > 0 && queue.outstanding_bytes + cost > config_.window_bytes) continue;
+    if (queue.outstanding_bytes > 0 && queue.outstanding_bytes + cost > config_.window_bytes)
+      continue;
     awaited.operation = cursor.operation;
     awaited.cost = cost;
     if (++cursor.round == cursor.end) queue.cursors.pop_front();
@@ -155,13 +156,14 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   const bool pulls = awaited.piece.out != nullptr;
   if (payload.nbytes() != 0 && payload.nbytes() != awaited.piece.frame.length) {
     wrong = Status(Code::kInternal, config_.name + " answered a chunk of " +
-                                        std::to_string(awaited.piece.frame.length) + " bytes with " +
-                                        std::to_string(payload.nbytes()));
+                                        std::to_string(awaited.piece.frame.length) +
+                                        " bytes with " + std::to_string(payload.nbytes()));
   } else if (pulls && payload.nbytes() != awaited.piece.frame.length) {
     wrong = Status(Code::kInternal, config_.name + " answered a chunk without its bytes");
   } else if (frame.has_checksum && wire::crc32c(payload) != frame.checksum) {
-    wrong = Status(Code::kInternal, "a result of " + config_.name +
-                                        " arrived with a wrong checksum: memory or network damage it");
+    wrong =
+        Status(Code::kInternal, "a result of " + config_.name +
+                                    " arrived with a wrong checksum: memory or network damage it");
   }
   if (!wrong.ok()) {
     if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong);

@@ -31,13 +31,14 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
  public:
   struct Config {
     OwnerIndex owner = 0;
-    std::string name;               ///< "rank 3 at 10.0.0.4:7000", for messages
-    std::size_t window_bytes = 0;   ///< of collectives; send and recv have as much per pair and tag
-    bool in_process = false;        ///< pulling costs nothing there: only pushes count
+    std::string name;              ///< "rank 3 at 10.0.0.4:7000", for messages
+    std::size_t window_bytes = 0;  ///< of collectives; send and recv have as much per pair and tag
+    bool in_process = false;       ///< pulling costs nothing there: only pushes count
     bool checksum = false;
     wire::Hello hello;
     /// Starts the connection; called at first use.
-    std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>)> connect;
+    std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>)>
+        connect;
   };
 
   Link(Config config, std::weak_ptr<LinkEvents> events);
@@ -47,7 +48,8 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
 
   /// Queues; pump() sends. kUnavailable if the owner is gone.
   Status enqueue(Cursor cursor);
-  /// Sends what the window lets through, at most `pieces_max` pieces. True if there was anything sent.
+  /// Sends what the window lets through, at most `pieces_max` pieces. True if there was anything
+  /// sent.
   bool pump(std::size_t pieces_max);
 
   /// Drops all pieces of an operation and tells the owner. False if the link had none.
@@ -101,8 +103,8 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   bool welcome_ = false;
   bool closing_ = false;
   bool closed_ = false;
-  Status down_;  // why it is closed
-  Status fatal_;  // the owner's last words
+  Status down_;                            // why it is closed
+  Status fatal_;                           // the owner's last words
   std::map<std::uint64_t, Queue> queues_;  // by operation lane
   std::unordered_map<wire::SlotId, Awaited, SlotHash> awaited_;
   bool pumping_ = false;

@@ -19,8 +19,9 @@ struct Piece {
   std::byte* out = nullptr;  ///< null: this rank does not pull
 };
 
-/// An operation lives as long as anything of it is under way: pieces to be sent, answers that are awaited, payloads
-/// whose bytes have not left. Its end is its destruction: then `done` is called with Ok, unless it failed before.
+/// An operation lives as long as anything of it is under way: pieces to be sent, answers that are
+/// awaited, payloads whose bytes have not left. Its end is its destruction: then `done` is called
+/// with Ok, unless it failed before.
 class Operation : public std::enable_shared_from_this<Operation> {
  public:
   struct Info {
@@ -47,7 +48,8 @@ class Operation : public std::enable_shared_from_this<Operation> {
     if (piece.out != nullptr) result.copyTo(piece.out);
   }
 
-  /// Ends the operation with an error, once; later answers are ignored. True if it was not ended before.
+  /// Ends the operation with an error, once; later answers are ignored. True if it was not ended
+  /// before.
   bool fail(const Status& status) {
     if (finished_.exchange(true)) return false;
     info_.done(status);
@@ -88,7 +90,8 @@ class Exchange final : public Operation {
   const std::vector<Transfer> transfers_;
 };
 
-/// Pieces of one operation that one owner has still to get: rounds [round, end) at a position of a plan.
+/// Pieces of one operation that one owner has still to get: rounds [round, end) at a position of a
+/// plan.
 struct Cursor {
   std::shared_ptr<Operation> operation;
   std::uint32_t transfer = 0;

@@ -17,8 +17,8 @@ constexpr std::uint32_t kFirstChunk = 1;
 
 }  // namespace
 
-RingAllReduce::RingAllReduce(Info info, std::byte* out, Rank rank, Rank world_size, std::size_t chunk_bytes,
-                             std::shared_ptr<Link> next)
+RingAllReduce::RingAllReduce(Info info, std::byte* out, Rank rank, Rank world_size,
+                             std::size_t chunk_bytes, std::shared_ptr<Link> next)
     : Operation(std::move(info)),
       out_(out),
       rank_(rank),
@@ -29,7 +29,8 @@ RingAllReduce::RingAllReduce(Info info, std::byte* out, Rank rank, Rank world_si
   chunks_ = std::max<std::uint64_t>(1, (segment + chunk_bytes - 1) / chunk_bytes);
 }
 
-// Segments and chunks are cut at whole elements; the k-th of m parts of x elements starts at k * x / m.
+// Segments and chunks are cut at whole elements; the k-th of m parts of x elements starts at k * x
+// / m.
 Span RingAllReduce::spanOf(std::uint32_t segment, std::uint64_t chunk) const {
   const std::uint64_t element = sizeOf(info().call.dtype);
   const std::uint64_t count = info().call.count;
@@ -40,7 +41,8 @@ Span RingAllReduce::spanOf(std::uint32_t segment, std::uint64_t chunk) const {
   return {first * element, (last - first) * element};
 }
 
-// Steps 0 .. n-2 pass sums on, steps n-1 .. 2n-3 finished segments; in both, what came in step t-1 goes out in step t.
+// Steps 0 .. n-2 pass sums on, steps n-1 .. 2n-3 finished segments; in both, what came in step t-1
+// goes out in step t.
 std::uint32_t RingAllReduce::sentSegment(std::uint32_t step) const {
   return (rank_ + 2 * n_ - step % n_) % n_;
 }
@@ -66,7 +68,8 @@ Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::
   const bool push = transfer == kPush;
   const std::uint32_t previous = (rank_ + n_ - 1) % n_;
   // What I get in a step is what my neighbour sends in it.
-  const std::uint32_t segment = push ? sentSegment(position) : (sentSegment(position) + n_ - 1) % n_;
+  const std::uint32_t segment =
+      push ? sentSegment(position) : (sentSegment(position) + n_ - 1) % n_;
   const Span span = spanOf(segment, round);
   Piece piece;
   piece.frame = frame();
@@ -83,7 +86,8 @@ Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::
 }
 
 void RingAllReduce::accept(const Piece& piece, const Payload& result) {
-  // Else the neighbour took a push over, or the calls are equal. (`out` is no sign: an empty tensor has none.)
+  // Else the neighbour took a push over, or the calls are equal. (`out` is no sign: an empty tensor
+  // has none.)
   if (piece.frame.puller != static_cast<Rank>(rank_)) return;
   const std::uint64_t number = piece.frame.slot.chunk - kFirstChunk;
   const auto step = static_cast<std::uint32_t>(number / chunks_);
@@ -92,7 +96,8 @@ void RingAllReduce::accept(const Piece& piece, const Payload& result) {
   if (step < n_ - 1) {
     if (count > 0) {
       kernels::accumulate(call.dtype, call.op, piece.out, result, count);
-      if (step == n_ - 2 && call.op == ReduceOp::kAvg) kernels::divide(call.dtype, piece.out, count, n_);
+      if (step == n_ - 2 && call.op == ReduceOp::kAvg)
+        kernels::divide(call.dtype, piece.out, count, n_);
     }
   } else {
     result.copyTo(piece.out);

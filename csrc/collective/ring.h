@@ -1,5 +1,5 @@
-// Ring all-reduce: the baseline. Its sums are in ring order, which differs from segment to segment, so its
-// bits are not those of the other algorithms.
+// Ring all-reduce: the baseline. Its sums are in ring order, which differs from segment to segment,
+// so its bits are not those of the other algorithms.
 #pragma once
 
 #include <memory>
@@ -9,18 +9,19 @@
 
 namespace reducer::collective {
 
-/// The tensor is cut into n segments, each into `chunks` chunks. In step t (0 <= t < 2(n-1)) rank r sends one segment to
-/// rank r+1 and gets one from rank r-1: first sums that grow, then finished segments. A chunk goes on
-/// as soon as it is there; no step waits for a whole segment.
-/// Source of the schedule: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009).
+/// The tensor is cut into n segments, each into `chunks` chunks. In step t (0 <= t < 2(n-1)) rank r
+/// sends one segment to rank r+1 and gets one from rank r-1: first sums that grow, then finished
+/// segments. A chunk goes on as soon as it is there; no step waits for a whole segment. Source of
+/// the schedule: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+/// workstations" (2009).
 class RingAllReduce final : public Operation {
  public:
   /// `out` holds the input already. n > 1. `next` is the link to rank + 1.
   RingAllReduce(Info info, std::byte* out, Rank rank, Rank world_size, std::size_t chunk_bytes,
                 std::shared_ptr<Link> next);
 
-  /// What to queue at the start: on the link to the reducer inside this process, on `next`, and at the
-  /// operation's coordinator.
+  /// What to queue at the start: on the link to the reducer inside this process, on `next`, and at
+  /// the operation's coordinator.
   std::vector<Cursor> pulls();
   Cursor firstPushes();
   Cursor comparison();

@@ -37,14 +37,17 @@ constexpr std::array<std::pair<std::string_view, std::uint64_t>, 15> kUnits{{
 }};
 
 std::string_view trim(std::string_view text) {
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front()))) text.remove_prefix(1);
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.remove_suffix(1);
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front())))
+    text.remove_prefix(1);
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back())))
+    text.remove_suffix(1);
   return text;
 }
 
 std::string lower(std::string_view text) {
   std::string out(text);
-  std::transform(out.begin(), out.end(), out.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::transform(out.begin(), out.end(), out.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
   return out;
 }
 
@@ -69,7 +72,8 @@ Status checkAddress(std::string_view item) {
   unsigned value = 0;
   const auto [end, error] = std::from_chars(port.data(), port.data() + port.size(), value);
   if (error != std::errc() || end != port.data() + port.size() || value == 0 || value > 65535) {
-    return wrong(quoted + " has the port '" + std::string(port) + "', which is not a number from 1 to 65535");
+    return wrong(quoted + " has the port '" + std::string(port) +
+                 "', which is not a number from 1 to 65535");
   }
   return {};
 }
@@ -98,10 +102,11 @@ Result<std::size_t> parseSize(std::string_view text) {
   double value = 0;
   const auto [end, error] = std::from_chars(item.data(), item.data() + item.size(), value);
   const std::string_view unit = trim(std::string_view(end, item.data() + item.size()));
-  const auto found =
-      std::find_if(kUnits.begin(), kUnits.end(), [&](const auto& known) { return known.first == unit; });
+  const auto found = std::find_if(kUnits.begin(), kUnits.end(),
+                                  [&](const auto& known) { return known.first == unit; });
   if (error != std::errc() || found == kUnits.end() || !(value >= 0)) {
-    return wrong("'" + std::string(text) + "' is no size; write bytes or a unit, as in 65536, 64KiB, 4MiB, 1GB");
+    return wrong("'" + std::string(text) +
+                 "' is no size; write bytes or a unit, as in 65536, 64KiB, 4MiB, 1GB");
   }
   const double bytes = value * static_cast<double>(found->second);
   if (bytes > 9.0e15) return wrong("'" + std::string(text) + "' is too large a size");

@@ -19,14 +19,15 @@ Result<Algorithm> parseAlgorithm(std::string_view text);
 /// "4MiB", "64KiB", "1GB", "4096" -> bytes (KiB = 1024, KB = 1000; case does not matter).
 Result<std::size_t> parseSize(std::string_view text);
 
-/// "host:port,host:port" or "[v6]:port" -> the list. Empty text: an empty list. Refuses empty items, missing or
-/// impossible ports and repeated addresses, and says which item is wrong.
+/// "host:port,host:port" or "[v6]:port" -> the list. Empty text: an empty list. Refuses empty
+/// items, missing or impossible ports and repeated addresses, and says which item is wrong.
 Result<std::vector<std::string>> parseServers(std::string_view text);
 
 struct Settings {
   Algorithm algorithm = Algorithm::kAuto;
-  std::size_t chunk_bytes = 0;   ///< largest chunk; 0: chosen from the number of owners
-  std::size_t window_bytes = 0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default
+  std::size_t chunk_bytes = 0;  ///< largest chunk; 0: chosen from the number of owners
+  std::size_t window_bytes =
+      0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default
   std::chrono::milliseconds connect_timeout{60'000};
   bool checksum = false;  ///< CRC32C of every payload
 };

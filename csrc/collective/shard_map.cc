@@ -8,15 +8,17 @@
 namespace reducer::collective {
 namespace {
 
-// Chunk boundaries fall on multiples of this: whole elements of every type, whole cache lines of the tensor.
+// Chunk boundaries fall on multiples of this: whole elements of every type, whole cache lines of
+// the tensor.
 constexpr std::uint64_t kAlign = 64;
 
-// A message is spread over one more owner for each of these bytes: below it, the cost of one more frame is
-// more than the time that its bytes take on a wire.
+// A message is spread over one more owner for each of these bytes: below it, the cost of one more
+// frame is more than the time that its bytes take on a wire.
 constexpr std::uint64_t kSpreadBytes = 8192;
 
-// What a worker has in flight at one owner if nothing is set: many owners share its NIC and need little each, few must
-// cover the stalls of a host that does everything on two cores. docs/performance.md has the measurements.
+// What a worker has in flight at one owner if nothing is set: many owners share its NIC and need
+// little each, few must cover the stalls of a host that does everything on two cores.
+// docs/performance.md has the measurements.
 constexpr std::size_t kWindowSquare = std::size_t{16} << 20;
 constexpr std::size_t kSmallestWindow = 256 << 10;
 constexpr std::size_t kLargestWindow = 4 << 20;
@@ -27,12 +29,13 @@ constexpr std::size_t kChunksInFlight = 8;
 constexpr std::size_t kSmallestAutoChunk = 32 << 10;
 constexpr std::size_t kLargestAutoChunk = 512 << 10;
 
-// A tensor is cut into at least this many rounds if that leaves chunks of kSmallestAutoChunk: with one round, a NIC's two
-// directions would be used one after the other.
+// A tensor is cut into at least this many rounds if that leaves chunks of kSmallestAutoChunk: with
+// one round, a NIC's two directions would be used one after the other.
 constexpr std::uint64_t kRoundsMin = 4;
 
 std::uint64_t scaled(std::uint64_t value, std::uint64_t numerator, std::uint64_t denominator) {
-  return static_cast<std::uint64_t>(static_cast<unsigned __int128>(value) * numerator / denominator);
+  return static_cast<std::uint64_t>(static_cast<unsigned __int128>(value) * numerator /
+                                    denominator);
 }
 
 }  // namespace
@@ -90,7 +93,8 @@ ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::s
 
 std::size_t ShardMap::windowBytes(OwnerIndex owner) const {
   const auto found = std::find(owners_.begin(), owners_.end(), owner);
-  const std::uint64_t weight = found == owners_.end() ? weight_max_ : weights_[found - owners_.begin()];
+  const std::uint64_t weight =
+      found == owners_.end() ? weight_max_ : weights_[found - owners_.begin()];
   // At least two chunks, or the wire would idle while the reducer adds.
   return std::max<std::size_t>(scaled(window_bytes_, weight, weight_total_), 2 * chunk_bytes_);
 }
@@ -104,7 +108,8 @@ std::size_t ShardMap::windowBytesTotal() const {
 Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
   Plan plan;
   plan.nbytes = nbytes;
-  const std::size_t m = std::min<std::uint64_t>(owners_.size(), std::max<std::uint64_t>(1, nbytes / kSpreadBytes));
+  const std::size_t m =
+      std::min<std::uint64_t>(owners_.size(), std::max<std::uint64_t>(1, nbytes / kSpreadBytes));
   plan.before.push_back(0);
   std::uint64_t weight_max = 0;
   for (std::size_t i = 0; i < m; ++i) {
@@ -113,8 +118,8 @@ Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
     plan.before.push_back(plan.before.back() + weights_[at]);
     weight_max = std::max(weight_max, weights_[at]);
   }
-  // The owner with the largest weight gets chunks of chunk_bytes_ (aligning boundaries may add up to kAlign), the
-  // others smaller ones.
+  // The owner with the largest weight gets chunks of chunk_bytes_ (aligning boundaries may add up
+  // to kAlign), the others smaller ones.
   const std::uint64_t largest = scaled(nbytes, weight_max, plan.before.back());
   plan.rounds = roundsFor(largest);
   return plan;

@@ -8,7 +8,8 @@
 
 namespace reducer::collective {
 
-/// Index of an owner in a group: 0 .. n-1 are the reducers inside the workers, by rank; n .. n+k-1 the standalone ones.
+/// Index of an owner in a group: 0 .. n-1 are the reducers inside the workers, by rank; n .. n+k-1
+/// the standalone ones.
 using OwnerIndex = std::uint32_t;
 
 /// Bytes of one chunk.
@@ -17,9 +18,9 @@ struct Span {
   std::uint64_t length = 0;
 };
 
-/// How one transfer is cut. It goes in rounds; in each round every owner gets one chunk, its size proportional to the
-/// owner's weight, so that at every moment all NICs carry their share. Computed in integers: all ranks get
-/// the same plan from the same size and sequence number.
+/// How one transfer is cut. It goes in rounds; in each round every owner gets one chunk, its size
+/// proportional to the owner's weight, so that at every moment all NICs carry their share. Computed
+/// in integers: all ranks get the same plan from the same size and sequence number.
 class Plan {
  public:
   /// Chunk number of (round, position); owners[position] owns it.
@@ -28,8 +29,9 @@ class Plan {
   }
   Span span(std::uint64_t round, std::size_t position) const;
 
-  std::vector<OwnerIndex> owners;     ///< by position
-  std::vector<std::uint64_t> before;  ///< sum of the weights of the positions before; one more entry: the total
+  std::vector<OwnerIndex> owners;  ///< by position
+  std::vector<std::uint64_t>
+      before;  ///< sum of the weights of the positions before; one more entry: the total
   std::uint64_t nbytes = 0;
   std::uint64_t rounds = 1;
 
@@ -40,8 +42,9 @@ class Plan {
 /// The owners of a group with their shares. Immutable after construction; thread safe.
 class ShardMap {
  public:
-  /// n workers, k standalone reducers; `chunk_bytes` 0 and `window_bytes` 0 choose. `algorithm` must not be kAuto;
-  /// kRing gives the map of `direct` (for the collectives that are not all-reduce).
+  /// n workers, k standalone reducers; `chunk_bytes` 0 and `window_bytes` 0 choose. `algorithm`
+  /// must not be kAuto; kRing gives the map of `direct` (for the collectives that are not
+  /// all-reduce).
   ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::size_t chunk_bytes,
            std::size_t window_bytes);
 

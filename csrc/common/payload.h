@@ -14,8 +14,9 @@ using Bytes = std::span<const std::byte>;
 /// Immutable bytes in one or more pieces, kept alive by a shared owner: a tensor being pushed, the
 /// slices that gRPC received, or an engine's result. Copying a Payload copies references only.
 ///
-/// Pieces may have any size and alignment, and an element may straddle two of them. Empty pieces are
-/// not allowed. Thread safety: as a value; the bytes themselves must not change while a Payload refers to them.
+/// Pieces may have any size and alignment, and an element may straddle two of them. Empty pieces
+/// are not allowed. Thread safety: as a value; the bytes themselves must not change while a Payload
+/// refers to them.
 class Payload {
  public:
   Payload() = default;

@@ -13,7 +13,8 @@ namespace {
 // How long a mismatch waits for more ranks to show what they called before it is reported.
 constexpr Duration kMismatchGrace = std::chrono::milliseconds(300);
 
-// Failed operations that are remembered for ranks that come late; of more, the oldest are forgotten.
+// Failed operations that are remembered for ranks that come late; of more, the oldest are
+// forgotten.
 constexpr std::size_t kFailuresKept = 1024;
 
 // Empty slots kept for the next chunk, so that a chunk costs no allocation of its own.
@@ -86,8 +87,8 @@ std::string Engine::nameOperation(const Group& group, const wire::Frame& head) {
   std::string text = "group '" + group.name + "', ";
   if (head.call.collective == Collective::kSendRecv) {
     text += "send/recv from rank " + std::to_string(head.pusher) + " to rank " +
-            std::to_string(head.puller) + " tag " + std::to_string(wire::tagOf(head.slot.lane)) + " #" +
-            std::to_string(head.slot.seq);
+            std::to_string(head.puller) + " tag " + std::to_string(wire::tagOf(head.slot.lane)) +
+            " #" + std::to_string(head.slot.seq);
     return text;
   }
   return text + "collective #" + std::to_string(head.slot.seq);
@@ -101,7 +102,8 @@ std::string Engine::describeMismatch(const Group& group, const Slot& slot) {
   std::vector<std::pair<std::string, std::vector<Rank>>> calls;
   for (const Arrival* arrival : arrivals) {
     const std::string call = describe(arrival->call);
-    auto same = std::find_if(calls.begin(), calls.end(), [&](const auto& c) { return c.first == call; });
+    auto same =
+        std::find_if(calls.begin(), calls.end(), [&](const auto& c) { return c.first == call; });
     if (same == calls.end()) same = calls.insert(calls.end(), {call, {}});
     same->second.push_back(arrival->rank);
   }
@@ -189,7 +191,8 @@ bool Engine::takesPart(const Slot& slot, Rank rank) {
   return isPusher(slot.head, rank) || isPuller(slot.head, rank);
 }
 
-std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame, TimePoint now) {
+std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame,
+                                              TimePoint now) {
   std::unique_ptr<Slot> slot;
   if (spare_.empty()) {
     slot = std::make_unique<Slot>();
@@ -223,7 +226,8 @@ Engine::Failure* Engine::findFailure(Group& group, OperationId id) {
   return nullptr;
 }
 
-Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame, const Payload& payload) {
+Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame,
+                         const Payload& payload) {
   const auto world = static_cast<Rank>(group.members.size());
   if (frame.pusher >= world || frame.puller >= world) {
     return broken("pusher " + std::to_string(frame.pusher) + " or puller " +
@@ -273,8 +277,9 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
   if (!entry) entry = newSlot(group, frame, now);
   Slot& slot = *entry;
   if (slot.arrived[rank]) {
-    return broken("rank " + std::to_string(rank) + " pushed chunk " + std::to_string(frame.slot.chunk) +
-                  " of operation " + std::to_string(frame.slot.seq) + " twice");
+    return broken("rank " + std::to_string(rank) + " pushed chunk " +
+                  std::to_string(frame.slot.chunk) + " of operation " +
+                  std::to_string(frame.slot.seq) + " twice");
   }
   if (!sameShape(slot.head, frame) && !slot.mismatch) {
     slot.mismatch = true;
@@ -287,8 +292,8 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
   return {};
 }
 
-void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
-                    Payload payload, Actions& actions) {
+void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
+                    const wire::Frame& frame, Payload payload, Actions& actions) {
   slot.arrived[rank] = 1;
   slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
   if (slot.mismatch) {
@@ -329,7 +334,8 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, co
 
   // One pusher: its bytes go to each puller as it comes. The pusher is answered when all have them.
   std::size_t participants = 0;
-  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) participants += takesPart(slot, r);
+  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r)
+    participants += takesPart(slot, r);
   const bool complete = slot.arrivals.size() == participants;
   for (Arrival& arrival : slot.arrivals) {
     if (!arrival.peer) continue;

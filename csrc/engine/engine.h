@@ -1,8 +1,10 @@
-// The state machine of a reducer: what came in, what goes out. No threads, no sockets, no clock of its own.
+// The state machine of a reducer: what came in, what goes out. No threads, no sockets, no clock of
+// its own.
 //
-// A slot is one chunk of one operation. Every rank that takes part in it (as pusher, puller or both) sends one
-// kPush frame and gets one answer: kResult, or kError for the whole operation. When all pushers are there the
-// slot's contributions leave the engine as Ready, in rank order; settle() sums them outside of any lock.
+// A slot is one chunk of one operation. Every rank that takes part in it (as pusher, puller or
+// both) sends one kPush frame and gets one answer: kResult, or kError for the whole operation. When
+// all pushers are there the slot's contributions leave the engine as Ready, in rank order; settle()
+// sums them outside of any lock.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +23,13 @@
 
 namespace reducer::engine {
 
-/// A connected worker, as the engine sees it: somebody to answer. The engine only keeps and returns it.
+/// A connected worker, as the engine sees it: somebody to answer. The engine only keeps and returns
+/// it.
 class Peer {
  public:
   virtual ~Peer() = default;
-  /// The worker that this reducer lives in. It is answered last, so that a worker whose operation is done owes
-  /// nobody anything and may end.
+  /// The worker that this reducer lives in. It is answered last, so that a worker whose operation
+  /// is done owes nobody anything and may end.
   bool in_process = false;
 };
 using PeerRef = std::shared_ptr<Peer>;
@@ -54,7 +57,8 @@ struct Actions {
   std::vector<Ready> ready;
 };
 
-/// Memory for results, used again and again. Thread safe. A buffer returns to its pool when its last Payload is gone.
+/// Memory for results, used again and again. Thread safe. A buffer returns to its pool when its
+/// last Payload is gone.
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
  public:
   static std::shared_ptr<BufferPool> create();
@@ -85,7 +89,8 @@ struct EngineCounters {
 /// closed with that message; the other ranks are not harmed (until they wait for that one).
 class Engine {
  public:
-  /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the hello.
+  /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the
+  /// hello.
   void join(const PeerRef& peer, const wire::Hello& hello);
 
   /// `peer` is gone. `why` is ok if it left in good order. Fails the slots that still wait for it.
@@ -94,7 +99,8 @@ class Engine {
   Status onPush(const PeerRef& peer, const wire::Frame& frame, Payload payload, TimePoint now,
                 Actions& actions);
 
-  /// The peer gives up an operation: what it has here is dropped, the others get `frame`'s code and text.
+  /// The peer gives up an operation: what it has here is dropped, the others get `frame`'s code and
+  /// text.
   Status onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions);
 
   /// Fails what has waited too long.
@@ -148,7 +154,8 @@ class Engine {
     Rank rank;
   };
 
-  static Status checkPush(const Group& group, Rank rank, const wire::Frame& frame, const Payload& payload);
+  static Status checkPush(const Group& group, Rank rank, const wire::Frame& frame,
+                          const Payload& payload);
   static bool takesPart(const Slot& slot, Rank rank);
   static std::string nameRank(const Group& group, Rank rank);
   static std::string nameRanks(const Group& group, const std::vector<Rank>& ranks);
@@ -163,7 +170,8 @@ class Engine {
               Payload payload, Actions& actions);
   static void answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies,
                      bool with_result);
-  void fail(Group& group, const wire::Frame& head, Code code, const std::string& text, Actions& actions);
+  void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
+            Actions& actions);
   bool failIfHopeless(Group& group, Slot& slot, Actions& actions);
 
   std::unordered_map<std::string, std::unique_ptr<Group>> groups_;  // by job

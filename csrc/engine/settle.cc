@@ -23,9 +23,9 @@ struct BufferPool::State {
     }
   }
   static std::byte* allocate(std::size_t nbytes) {
-    return static_cast<std::byte*>(::operator new(nbytes, std::align_val_t{64}));
+    return static_cast<std::byte*>(::operator new (nbytes, std::align_val_t{64}));
   }
-  static void release(std::byte* buffer) { ::operator delete(buffer, std::align_val_t{64}); }
+  static void release(std::byte* buffer) { ::operator delete (buffer, std::align_val_t{64}); }
 
   void giveBack(std::byte* buffer, std::size_t size_class) {
     const std::size_t nbytes = std::size_t{1} << size_class;

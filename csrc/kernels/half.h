@@ -1,4 +1,5 @@
-// float16 and bfloat16 as bits, one element at a time. Rounding is to nearest, ties to even; a NaN stays a (quiet) NaN.
+// float16 and bfloat16 as bits, one element at a time. Rounding is to nearest, ties to even; a NaN
+// stays a (quiet) NaN.
 #pragma once
 
 #include <bit>
@@ -37,9 +38,11 @@ inline std::uint16_t toFloat16(float value) {
   if (magnitude > 0x7F800000u) {
     return static_cast<std::uint16_t>(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
   }
-  if (magnitude >= 0x477FF000u) return static_cast<std::uint16_t>(sign | 0x7C00u);  // 65520 and more
+  if (magnitude >= 0x477FF000u)
+    return static_cast<std::uint16_t>(sign | 0x7C00u);  // 65520 and more
   if (magnitude < 0x38800000u) {
-    // Below 2^-14: in units of 2^-24. Adding 0.5 (whose last place is 2^-24) rounds to nearest even.
+    // Below 2^-14: in units of 2^-24. Adding 0.5 (whose last place is 2^-24) rounds to nearest
+    // even.
     const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
     return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(rounded) - 0x3F000000u));
   }

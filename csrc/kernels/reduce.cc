@@ -10,10 +10,11 @@
 namespace reducer::kernels {
 namespace {
 
-// Inputs are taken in blocks of this size (a multiple of every element and of every vector). A block that lies
-// across two pieces is copied together first: with pieces of the usual 8 KiB and more that is a small part of all
-// bytes, and the loops see only long contiguous runs. Larger blocks copy more, smaller ones ask every input more often.
-constexpr std::size_t kBlockBytes = 1024;
+// Inputs are taken in blocks of this size (a multiple of every element and of every vector). A
+// block that lies across two pieces is copied together first: with pieces of the usual 8 KiB and
+// more that is a small part of all bytes, and the loops see only long contiguous runs. Larger
+// blocks copy more, smaller ones ask every input more often.
+constexpr std::size_t kBlockBytes = 512;
 
 // The longest run in one go: what it wrote is still in the cache if it has to be divided.
 constexpr std::size_t kRunBytesMax = std::size_t{32} << 10;

@@ -1,14 +1,14 @@
 // Compiled once for each instruction set: foreach_target.h includes this file again and again.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/reduce_targets.cc"
+#include "kernels/reduce_targets.h"
+
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
 #include <cstring>
+#include <limits>
 #include <type_traits>
-
-#include "kernels/half.h"
-#include "kernels/reduce_targets.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace reducer::kernels::HWY_NAMESPACE {
@@ -16,61 +16,82 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using Sources = const std::uint8_t* const*;
 
-// ---------------------------------------------------------------- how elements are loaded and stored
-// Memory is loaded as bytes: pieces of the network have any alignment.
+// ---------------------------------------------------------------- how elements are loaded and
+// stored The loops work in units of two vectors of lanes. An element type says how many bytes one
+// element has in memory, and how a unit is loaded and stored; which lane an element goes to does
+// not matter, as long as it comes back. Memory is loaded as bytes: pieces of the network have any
+// alignment.
+
+template <class D>
+hn::Vec<D> loadBytes(D d, const std::uint8_t* from) {
+  return hn::BitCast(d, hn::LoadU(hn::Repartition<std::uint8_t, D>(), from));
+}
+
+template <class D>
+void storeBytes(D d, hn::Vec<D> v, std::uint8_t* to) {
+  const hn::Repartition<std::uint8_t, D> bytes;
+  hn::StoreU(hn::BitCast(bytes, v), bytes, to);
+}
 
 template <class T>
 struct Plain {
   using Lane = T;
   static constexpr std::size_t kBytes = sizeof(T);
-  template <class D>
-  static hn::Vec<D> load(D d, const std::uint8_t* from) {
-    return hn::BitCast(d, hn::LoadU(hn::Repartition<std::uint8_t, D>(), from));
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
+    a = loadBytes(d, from);
+    b = loadBytes(d, from + hn::Lanes(d) * sizeof(T));
   }
-  template <class D>
-  static void store(D /*d*/, hn::Vec<D> v, std::uint8_t* to) {
-    const hn::Repartition<std::uint8_t, D> bytes;
-    hn::StoreU(hn::BitCast(bytes, v), bytes, to);
+  template <class D, class V>
+  static void store(D d, V a, V b, std::uint8_t* to) {
+    storeBytes(d, a, to);
+    storeBytes(d, b, to + hn::Lanes(d) * sizeof(T));
   }
 };
 
 struct Bool {
   using Lane = std::uint8_t;
   static constexpr std::size_t kBytes = 1;
-  template <class D>
-  static hn::Vec<D> load(D d, const std::uint8_t* from) {
-    const auto v = hn::LoadU(d, from);
-    return hn::IfThenElseZero(hn::Ne(v, hn::Zero(d)), hn::Set(d, 1));
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
+    const auto one = hn::Set(d, 1);
+    Plain<Lane>::load(d, from, a, b);
+    a = hn::Min(a, one);
+    b = hn::Min(b, one);
   }
-  template <class D>
-  static void store(D d, hn::Vec<D> v, std::uint8_t* to) {
-    hn::StoreU(v, d, to);
+  template <class D, class V>
+  static void store(D d, V a, V b, std::uint8_t* to) {
+    Plain<Lane>::store(d, a, b, to);
   }
 };
 
+// Of two halves in a 32-bit lane the first goes to one vector and the second to the other: no lane
+// is crossed.
 struct BFloat16 {
   using Lane = float;
   static constexpr std::size_t kBytes = 2;
-  template <class D>
-  static hn::Vec<D> load(D d, const std::uint8_t* from) {
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
     const hn::RebindToUnsigned<D> d32;
-    const hn::Rebind<std::uint16_t, D> d16;
-    const auto half = hn::BitCast(d16, hn::LoadU(hn::Repartition<std::uint8_t, decltype(d16)>(), from));
-    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, half)));
+    const auto both = loadBytes(d32, from);
+    a = hn::BitCast(d, hn::ShiftLeft<16>(both));
+    b = hn::BitCast(d, hn::And(both, hn::Set(d32, 0xFFFF0000u)));
   }
-  template <class D>
-  static void store(D /*d*/, hn::Vec<D> v, std::uint8_t* to) {
+  template <class D, class V>
+  static void store(D d, V a, V b, std::uint8_t* to) {
     const hn::RebindToUnsigned<D> d32;
-    const hn::RebindToSigned<D> i32;
-    const hn::Rebind<std::uint16_t, D> d16;
+    const auto upper = hn::And(rounded(d, b), hn::Set(d32, 0xFFFF0000u));
+    storeBytes(d32, hn::Or(hn::ShiftRight<16>(rounded(d, a)), upper), to);
+  }
+
+ private:
+  /// To nearest even in the upper 16 bits. Infinity stays, and so does the NaN of settled().
+  template <class D>
+  static hn::Vec<hn::RebindToUnsigned<D>> rounded(D /*d*/, hn::Vec<D> v) {
+    const hn::RebindToUnsigned<D> d32;
     const auto bits = hn::BitCast(d32, v);
     const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d32, 1));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(d32, 0x7FFF)), odd));
-    const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d32, 0x40));
-    const auto is_nan = hn::Gt(hn::BitCast(i32, hn::And(bits, hn::Set(d32, 0x7FFFFFFF))), hn::Set(i32, 0x7F800000));
-    const auto chosen = hn::IfThenElse(is_nan, hn::BitCast(i32, quiet), hn::BitCast(i32, rounded));
-    const hn::Repartition<std::uint8_t, decltype(d16)> bytes;
-    hn::StoreU(hn::BitCast(bytes, hn::DemoteTo(d16, chosen)), bytes, to);
+    return hn::Add(bits, hn::Add(odd, hn::Set(d32, 0x7FFF)));
   }
 };
 
@@ -78,36 +99,68 @@ struct Float16 {
   using Lane = float;
   static constexpr std::size_t kBytes = 2;
 #if HWY_TARGET <= HWY_AVX2  // these have conversion instructions
-  template <class D>
-  static hn::Vec<D> load(D d, const std::uint8_t* from) {
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
     const hn::Rebind<hwy::float16_t, D> d16;
-    return hn::PromoteTo(d, hn::BitCast(d16, hn::LoadU(hn::Repartition<std::uint8_t, decltype(d16)>(), from)));
+    a = hn::PromoteTo(d, loadBytes(d16, from));
+    b = hn::PromoteTo(d, loadBytes(d16, from + hn::Lanes(d) * kBytes));
   }
-  template <class D>
-  static void store(D /*d*/, hn::Vec<D> v, std::uint8_t* to) {
+  template <class D, class V>
+  static void store(D /*d*/, V a, V b, std::uint8_t* to) {
     const hn::Rebind<hwy::float16_t, D> d16;
-    const hn::Repartition<std::uint8_t, decltype(d16)> bytes;
-    hn::StoreU(hn::BitCast(bytes, hn::DemoteTo(d16, v)), bytes, to);
+    storeBytes(d16, hn::DemoteTo(d16, a), to);
+    storeBytes(d16, hn::DemoteTo(d16, b), to + hn::Lanes(d16) * kBytes);
   }
 #else
-  template <class D>
-  static hn::Vec<D> load(D d, const std::uint8_t* from) {
-    HWY_ALIGN float lanes[hn::MaxLanes(d)];
-    for (std::size_t i = 0; i < hn::Lanes(d); ++i) {
-      std::uint16_t half = 0;
-      std::memcpy(&half, from + 2 * i, 2);
-      lanes[i] = fromFloat16(half);
-    }
-    return hn::Load(d, lanes);
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
+    const hn::RebindToSigned<D> i32;
+    const hn::RebindToUnsigned<D> d32;
+    const auto both = loadBytes(d32, from);
+    a = widened(d, hn::BitCast(i32, hn::And(both, hn::Set(d32, 0xFFFF))));
+    b = widened(d, hn::BitCast(i32, hn::ShiftRight<16>(both)));
   }
+  template <class D, class V>
+  static void store(D d, V a, V b, std::uint8_t* to) {
+    const hn::RebindToSigned<D> i32;
+    storeBytes(i32, hn::Or(narrowed(d, a), hn::ShiftLeft<16>(narrowed(d, b))), to);
+  }
+
+ private:
   template <class D>
-  static void store(D d, hn::Vec<D> v, std::uint8_t* to) {
-    HWY_ALIGN float lanes[hn::MaxLanes(d)];
-    hn::Store(v, d, lanes);
-    for (std::size_t i = 0; i < hn::Lanes(d); ++i) {
-      const std::uint16_t half = toFloat16(lanes[i]);
-      std::memcpy(to + 2 * i, &half, 2);
-    }
+  static hn::Vec<D> widened(D d, hn::Vec<hn::RebindToSigned<D>> half) {
+    const hn::RebindToSigned<D> i32;
+    const auto magnitude = hn::And(half, hn::Set(i32, 0x7FFF));
+    const auto sign = hn::ShiftLeft<16>(hn::Xor(half, magnitude));
+    const auto bias = hn::Set(i32, 112 << 23);
+    const auto normal = hn::Add(hn::ShiftLeft<13>(magnitude), bias);
+    // An exponent of all ones becomes one of all ones: infinity and NaN.
+    const auto is_normal = hn::Lt(magnitude, hn::Set(i32, 0x7C00));
+    const auto large = hn::IfThenElse(is_normal, normal, hn::Add(normal, bias));
+    // Zero and subnormals are a whole number of 2^-24.
+    const auto small = hn::Mul(hn::ConvertTo(d, magnitude), hn::Set(d, 0x1p-24f));
+    const auto is_small = hn::Lt(magnitude, hn::Set(i32, 0x0400));
+    return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_small, hn::BitCast(i32, small), large)));
+  }
+
+  template <class D>
+  static hn::Vec<hn::RebindToSigned<D>> narrowed(D d, hn::Vec<D> v) {
+    const hn::RebindToSigned<D> i32;
+    const auto bits = hn::BitCast(i32, v);
+    const auto magnitude = hn::And(bits, hn::Set(i32, 0x7FFFFFFF));
+    const auto sign = hn::And(hn::ShiftRight<16>(bits), hn::Set(i32, 0x8000));
+    // To nearest even in the upper bits, then another bias; what is too large becomes infinity.
+    const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(i32, 1));
+    const auto rounded = hn::ShiftRight<13>(hn::Add(magnitude, hn::Add(odd, hn::Set(i32, 0xFFF))));
+    const auto large = hn::Min(hn::Sub(rounded, hn::Set(i32, 112 << 10)), hn::Set(i32, 0x7C00));
+    // Below 2^-14: the last place of a float near 0.5 is 2^-24, so the addition rounds.
+    const auto half = hn::Set(d, 0.5f);
+    const auto sum = hn::Add(hn::BitCast(d, magnitude), half);
+    const auto small = hn::Sub(hn::BitCast(i32, sum), hn::BitCast(i32, half));
+    const auto is_small = hn::Lt(magnitude, hn::Set(i32, 0x38800000));
+    const auto number = hn::IfThenElse(is_small, small, large);
+    const auto is_nan = hn::Gt(magnitude, hn::Set(i32, 0x7F800000));
+    return hn::Or(sign, hn::IfThenElse(is_nan, hn::Set(i32, 0x7E00), number));
   }
 #endif
 };
@@ -122,8 +175,39 @@ struct Sum {
 };
 struct Product {
   template <class D, class V>
-  static V apply(D, V a, V b) {
-    return hn::Mul(a, b);
+  static V apply(D d, V a, V b) {
+    using T = hn::TFromD<D>;
+    if constexpr (std::is_integral_v<T> && sizeof(T) == 1) {
+      const hn::Repartition<std::uint16_t, D> wide;
+      const auto low = hn::Set(wide, 0x00FF);
+      const auto a16 = hn::BitCast(wide, a);
+      const auto b16 = hn::BitCast(wide, b);
+      const auto even = hn::And(hn::Mul(a16, b16), low);
+      const auto odd = hn::Mul(hn::ShiftRight<8>(a16), hn::AndNot(low, b16));
+      return hn::BitCast(d, hn::Or(even, odd));
+    } else if constexpr (std::is_integral_v<T> && sizeof(T) == 8) {
+      // Of (2^32 a1 + a0) (2^32 b1 + b0) what is below 2^64.
+      const hn::RebindToUnsigned<D> d64;
+      const hn::Repartition<std::uint32_t, D> d32;
+      const auto a0 = hn::BitCast(d32, a);
+      const auto b0 = hn::BitCast(d32, b);
+      const auto a1 = hn::BitCast(d32, hn::ShiftRight<32>(hn::BitCast(d64, a)));
+      const auto b1 = hn::BitCast(d32, hn::ShiftRight<32>(hn::BitCast(d64, b)));
+      const auto cross = hn::ShiftLeft<32>(hn::Add(hn::MulEven(a0, b1), hn::MulEven(a1, b0)));
+      return hn::BitCast(d, hn::Add(hn::MulEven(a0, b0), cross));
+    } else {
+      return hn::Mul(a, b);
+    }
+  }
+};
+struct ComplexProduct {
+  /// Real parts in even lanes, imaginary ones in odd lanes.
+  template <class D, class V>
+  static V apply(D d, V a, V b) {
+    const auto minus = hn::OddEven(hn::Zero(d), hn::SignBit(d));
+    const auto straight = hn::Mul(hn::DupEven(a), b);
+    const auto crossed = hn::Mul(hn::DupOdd(a), hn::Reverse2(d, b));
+    return hn::Add(straight, hn::Xor(crossed, minus));
   }
 };
 struct Max {
@@ -167,80 +251,65 @@ struct BitXor {
 
 // ---------------------------------------------------------------- the loop
 
+/// What is done to an accumulator before it is stored: the division (divisor != 0) and one NaN for
+/// all.
 template <class D>
-hn::Vec<D> divided(D d, hn::Vec<D> v, std::size_t divisor) {
-  if constexpr (hwy::IsFloat<hn::TFromD<D>>()) {
-    if (divisor != 0) return hn::Div(v, hn::Set(d, static_cast<hn::TFromD<D>>(divisor)));
+hn::Vec<D> settled(D d, hn::Vec<D> v, std::size_t divisor) {
+  using T = hn::TFromD<D>;
+  if constexpr (hwy::IsFloat<T>()) {
+    if (divisor != 0) v = hn::Div(v, hn::Set(d, static_cast<T>(divisor)));
+    v = hn::IfThenElse(hn::IsNaN(v), hn::Set(d, std::numeric_limits<T>::quiet_NaN()), v);
   }
   return v;
 }
 
-// All sources of a few vectors, then the next vectors: every source is read once, the result stays in registers
-// and is written once.
+/// All sources of a few vectors, then the next vectors: every source is read once, the result stays
+/// in registers and is written once.
 template <class Element, class Op>
-void loop(std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count, std::size_t divisor) {
+void loop(std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count,
+          std::size_t divisor) {
   const hn::ScalableTag<typename Element::Lane> d;
-  const std::size_t n = hn::Lanes(d);
-  const std::size_t step = n * Element::kBytes;
-  std::size_t i = 0;
-  for (; i + 4 * n <= count; i += 4 * n) {
-    const std::size_t at = i * Element::kBytes;
-    auto a = Element::load(d, srcs[0] + at);
-    auto b = Element::load(d, srcs[0] + at + step);
-    auto c = Element::load(d, srcs[0] + at + 2 * step);
-    auto e = Element::load(d, srcs[0] + at + 3 * step);
+  using V = hn::Vec<decltype(d)>;
+  const std::size_t unit = 2 * hn::Lanes(d) * Element::kBytes;
+  const std::size_t nbytes = count * Element::kBytes;
+  V a0, a1, a2, a3, b0, b1, b2, b3;
+  std::size_t at = 0;
+  for (; at + 2 * unit <= nbytes; at += 2 * unit) {
+    Element::load(d, srcs[0] + at, a0, a1);
+    Element::load(d, srcs[0] + at + unit, a2, a3);
     for (std::size_t s = 1; s < sources; ++s) {
-      const std::uint8_t* from = srcs[s] + at;
-      a = Op::apply(d, a, Element::load(d, from));
-      b = Op::apply(d, b, Element::load(d, from + step));
-      c = Op::apply(d, c, Element::load(d, from + 2 * step));
-      e = Op::apply(d, e, Element::load(d, from + 3 * step));
+      Element::load(d, srcs[s] + at, b0, b1);
+      Element::load(d, srcs[s] + at + unit, b2, b3);
+      a0 = Op::apply(d, a0, b0);
+      a1 = Op::apply(d, a1, b1);
+      a2 = Op::apply(d, a2, b2);
+      a3 = Op::apply(d, a3, b3);
     }
-    Element::store(d, divided(d, a, divisor), dst + at);
-    Element::store(d, divided(d, b, divisor), dst + at + step);
-    Element::store(d, divided(d, c, divisor), dst + at + 2 * step);
-    Element::store(d, divided(d, e, divisor), dst + at + 3 * step);
+    Element::store(d, settled(d, a0, divisor), settled(d, a1, divisor), dst + at);
+    Element::store(d, settled(d, a2, divisor), settled(d, a3, divisor), dst + at + unit);
   }
-  const hn::CappedTag<typename Element::Lane, 1> one;
-  for (; i < count; ++i) {
-    const std::size_t at = i * Element::kBytes;
-    auto a = Element::load(one, srcs[0] + at);
-    for (std::size_t s = 1; s < sources; ++s) a = Op::apply(one, a, Element::load(one, srcs[s] + at));
-    Element::store(one, divided(one, a, divisor), dst + at);
-  }
-}
-
-template <class T>
-struct Complex {
-  T re, im;
-};
-
-// Products that have no vector instruction everywhere.
-template <class T>
-T multiplied(T a, T b) {
-  if constexpr (std::is_integral_v<T>) {
-    return static_cast<T>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
-  } else {
-    return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-  }
-}
-
-template <class T>
-void scalarProduct(std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) {
-    T product;
-    std::memcpy(&product, srcs[0] + i * sizeof(T), sizeof(T));
+  // The rest is at most two units; the last may be a part of one, filled up with zeros.
+  HWY_ALIGN std::uint8_t padded[2 * hn::MaxLanes(d) * Element::kBytes] = {};
+  for (; at < nbytes; at += unit) {
+    const std::size_t part = HWY_MIN(unit, nbytes - at);
+    std::memcpy(padded, srcs[0] + at, part);
+    Element::load(d, padded, a0, a1);
     for (std::size_t s = 1; s < sources; ++s) {
-      T factor;
-      std::memcpy(&factor, srcs[s] + i * sizeof(T), sizeof(T));
-      product = multiplied(product, factor);
+      std::memcpy(padded, srcs[s] + at, part);
+      Element::load(d, padded, b0, b1);
+      a0 = Op::apply(d, a0, b0);
+      a1 = Op::apply(d, a1, b1);
     }
-    std::memcpy(dst + i * sizeof(T), &product, sizeof(T));
+    Element::store(d, settled(d, a0, divisor), settled(d, a1, divisor), padded);
+    std::memcpy(dst + at, padded, part);
   }
 }
+
+// ---------------------------------------------------------------- which loop
 
 template <class Element>
-void floating(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count) {
+void floating(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources,
+              std::size_t count) {
   switch (op) {
     case ReduceOp::kSum:
       return loop<Element, Sum>(dst, srcs, sources, count, 0);
@@ -259,22 +328,24 @@ void floating(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources,
 
 template <class T>
 void integer(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count) {
+  using Bits = Plain<std::uint8_t>;
+  const std::size_t nbytes = count * sizeof(T);
   switch (op) {
     case ReduceOp::kSum:
     case ReduceOp::kAvg:
       return loop<Plain<T>, Sum>(dst, srcs, sources, count, 0);
     case ReduceOp::kProduct:
-      return scalarProduct<T>(dst, srcs, sources, count);
+      return loop<Plain<T>, Product>(dst, srcs, sources, count, 0);
     case ReduceOp::kMin:
       return loop<Plain<T>, Min>(dst, srcs, sources, count, 0);
     case ReduceOp::kMax:
       return loop<Plain<T>, Max>(dst, srcs, sources, count, 0);
     case ReduceOp::kBitAnd:
-      return loop<Plain<T>, BitAnd>(dst, srcs, sources, count, 0);
+      return loop<Bits, BitAnd>(dst, srcs, sources, nbytes, 0);
     case ReduceOp::kBitOr:
-      return loop<Plain<T>, BitOr>(dst, srcs, sources, count, 0);
+      return loop<Bits, BitOr>(dst, srcs, sources, nbytes, 0);
     case ReduceOp::kBitXor:
-      return loop<Plain<T>, BitXor>(dst, srcs, sources, count, 0);
+      return loop<Bits, BitXor>(dst, srcs, sources, nbytes, 0);
     default:
       return;
   }
@@ -293,10 +364,14 @@ void boolean(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources, 
   }
 }
 
+/// Sums and means go part by part.
 template <class T>
 void complex(ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t count) {
-  if (op == ReduceOp::kProduct) return scalarProduct<Complex<T>>(dst, srcs, sources, count);
-  floating<Plain<T>>(op, dst, srcs, sources, 2 * count);
+  const std::size_t parts = 2 * count;
+  if (op == ReduceOp::kProduct) {
+    return loop<Plain<T>, ComplexProduct>(dst, srcs, sources, parts, 0);
+  }
+  loop<Plain<T>, Sum>(dst, srcs, sources, parts, op == ReduceOp::kAvg ? sources : 0);
 }
 
 void reduce(DataType dtype, ReduceOp op, std::uint8_t* dst, Sources srcs, std::size_t sources,
@@ -357,8 +432,8 @@ namespace reducer::kernels {
 HWY_EXPORT(reduce);
 HWY_EXPORT(divide);
 
-void reduceContiguous(DataType dtype, ReduceOp op, std::uint8_t* dst, const std::uint8_t* const* srcs,
-                      std::size_t sources, std::size_t count) {
+void reduceContiguous(DataType dtype, ReduceOp op, std::uint8_t* dst,
+                      const std::uint8_t* const* srcs, std::size_t sources, std::size_t count) {
   HWY_DYNAMIC_DISPATCH(reduce)(dtype, op, dst, srcs, sources, count);
 }
 

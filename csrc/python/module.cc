@@ -22,7 +22,8 @@ namespace {
 /// Raises the exception of reducer.errors that stands for a Status.
 [[noreturn]] void raise(const Status& status) {
   const py::object error =
-      py::module_::import("reducer.errors").attr("from_code")(static_cast<int>(status.code()), status.message());
+      py::module_::import("reducer.errors")
+          .attr("from_code")(static_cast<int>(status.code()), status.message());
   PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
   throw py::error_already_set();
 }
@@ -65,7 +66,8 @@ class BufferView {
   BufferView(const py::handle& object, bool writable, const std::string& name) {
     if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
       PyErr_Clear();
-      throw py::type_error(name + " must be a contiguous" + (writable ? ", writable" : "") + " buffer");
+      throw py::type_error(name + " must be a contiguous" + (writable ? ", writable" : "") +
+                           " buffer");
     }
   }
   ~BufferView() { PyBuffer_Release(&view_); }
@@ -83,15 +85,16 @@ class BufferView {
   Py_buffer view_{};
 };
 
-void reduce(const std::string& dtype_name, const std::string& op_name, const std::vector<py::object>& inputs,
-            const py::object& out) {
+void reduce(const std::string& dtype_name, const std::string& op_name,
+            const std::vector<py::object>& inputs, const py::object& out) {
   const DataType dtype = dataTypeNamed(dtype_name);
   const ReduceOp op = opNamed(op_name);
   if (!supports(op, dtype)) throw py::type_error(op_name + " has no meaning on " + dtype_name);
   if (inputs.empty()) throw py::value_error("inputs is empty; at least one buffer is needed");
   const BufferView result(out, true, "out");
   if (result.nbytes() % sizeOf(dtype) != 0) {
-    throw py::value_error("out has " + std::to_string(result.nbytes()) + " bytes, no whole number of " + dtype_name);
+    throw py::value_error("out has " + std::to_string(result.nbytes()) +
+                          " bytes, no whole number of " + dtype_name);
   }
   std::vector<std::unique_ptr<BufferView>> views;
   std::vector<Payload> payloads;
@@ -106,7 +109,9 @@ void reduce(const std::string& dtype_name, const std::string& op_name, const std
     if (view.overlaps(result)) throw py::value_error(name + " overlaps out");
     payloads.emplace_back(Bytes(view.data(), view.nbytes()), nullptr);
   }
-  withoutGil([&] { kernels::reduce(dtype, op, payloads, result.data(), result.nbytes() / sizeOf(dtype)); });
+  withoutGil([&] {
+    kernels::reduce(dtype, op, payloads, result.data(), result.nbytes() / sizeOf(dtype));
+  });
 }
 
 }  // namespace
@@ -121,39 +126,49 @@ PYBIND11_MODULE(_core, m) {
   m.attr("min_chunk_bytes") = kMinChunkBytes;
   m.attr("max_chunk_bytes") = kMaxChunkBytes;
 
-  m.def("parse_size", [](const std::string& text) { return valueOf(collective::parseSize(text)); }, py::arg("text"));
-  m.def("parse_servers", [](const std::string& text) { return valueOf(collective::parseServers(text)); },
-        py::arg("text"));
-  m.def("parse_algorithm",
-        [](const std::string& text) {
-          return std::string(collective::nameOf(valueOf(collective::parseAlgorithm(text))));
-        },
-        py::arg("text"));
+  m.def(
+      "parse_size", [](const std::string& text) { return valueOf(collective::parseSize(text)); },
+      py::arg("text"));
+  m.def(
+      "parse_servers",
+      [](const std::string& text) { return valueOf(collective::parseServers(text)); },
+      py::arg("text"));
+  m.def(
+      "parse_algorithm",
+      [](const std::string& text) {
+        return std::string(collective::nameOf(valueOf(collective::parseAlgorithm(text))));
+      },
+      py::arg("text"));
 
   m.def("host_label", &runtime::hostLabel);
-  m.def("choose_bind_host",
-        [](const std::string& interface, const std::string& peer_host) {
-          return valueOf(withoutGil([&] { return runtime::chooseBindHost(interface, peer_host); }));
-        },
-        py::arg("interface"), py::arg("peer_host"));
-  m.def("resolve_servers",
-        [](const std::vector<std::string>& servers) {
-          return valueOf(withoutGil([&] { return runtime::resolveServers(servers); }));
-        },
-        py::arg("servers"));
+  m.def(
+      "choose_bind_host",
+      [](const std::string& interface, const std::string& peer_host) {
+        return valueOf(withoutGil([&] { return runtime::chooseBindHost(interface, peer_host); }));
+      },
+      py::arg("interface"), py::arg("peer_host"));
+  m.def(
+      "resolve_servers",
+      [](const std::vector<std::string>& servers) {
+        return valueOf(withoutGil([&] { return runtime::resolveServers(servers); }));
+      },
+      py::arg("servers"));
 
   m.def("reduce", &reduce, py::arg("dtype"), py::arg("op"), py::arg("inputs"), py::arg("out"));
   m.def("instruction_sets", &kernels::instructionSets);
-  m.def("pin_instruction_set",
-        [](const std::string& name) {
-          if (!kernels::pinInstructionSet(name)) {
-            throw py::value_error("'" + name + "' is no instruction set of this machine; see instruction_sets()");
-          }
-        },
-        py::arg("name"));
+  m.def(
+      "pin_instruction_set",
+      [](const std::string& name) {
+        if (!kernels::pinInstructionSet(name)) {
+          throw py::value_error("'" + name +
+                                "' is no instruction set of this machine; see instruction_sets()");
+        }
+      },
+      py::arg("name"));
 
   py::class_<python::EngineProbe>(m, "EngineProbe")
-      .def(py::init<int, std::size_t, std::size_t>(), py::arg("ranks"), py::arg("chunk_bytes"), py::arg("buffer_bytes"))
+      .def(py::init<int, std::size_t, std::size_t>(), py::arg("ranks"), py::arg("chunk_bytes"),
+           py::arg("buffer_bytes"))
       .def("run", &python::EngineProbe::run, py::call_guard<py::gil_scoped_release>());
   py::class_<python::AddProbe>(m, "AddProbe")
       .def(py::init<std::size_t>(), py::arg("buffer_bytes"))

@@ -32,8 +32,9 @@ std::uint64_t EngineProbe::run() {
     for (std::size_t rank = 0; rank < workers_.size(); ++rank) {
       const auto* bytes = reinterpret_cast<const std::byte*>(buffers_[rank]->data()) + at;
       engine::Actions actions;
-      const Status status = engine_.onPush(workers_[rank], frame, Payload(Bytes(bytes, frame.length), buffers_[rank]),
-                                           TimePoint(), actions);
+      const Status status =
+          engine_.onPush(workers_[rank], frame, Payload(Bytes(bytes, frame.length), buffers_[rank]),
+                         TimePoint(), actions);
       REDUCER_CHECK(status.ok());
       for (engine::Ready& ready : actions.ready) {
         const auto replies = engine::settle(std::move(ready), *pool_);

@@ -1,4 +1,5 @@
-// What benchmarks/ times from Python: the engine alone, and the plain loop that it is compared with.
+// What benchmarks/ times from Python: the engine alone, and the plain loop that it is compared
+// with.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +17,8 @@ class EngineProbe {
  public:
   EngineProbe(int ranks, std::size_t chunk_bytes, std::size_t buffer_bytes);
 
-  /// Pushes every rank's buffer through the engine, chunk by chunk, and sums. Returns the bytes of memory moved:
-  /// every contribution read once, every result written once.
+  /// Pushes every rank's buffer through the engine, chunk by chunk, and sums. Returns the bytes of
+  /// memory moved: every contribution read once, every result written once.
   std::uint64_t run();
 
  private:
@@ -31,7 +32,8 @@ class EngineProbe {
   std::uint64_t seq_ = 0;
 };
 
-/// a[i] += b[i] over two arrays, as a compiler makes it. Returns the bytes moved: two reads and a write.
+/// a[i] += b[i] over two arrays, as a compiler makes it. Returns the bytes moved: two reads and a
+/// write.
 class AddProbe {
  public:
   explicit AddProbe(std::size_t buffer_bytes);

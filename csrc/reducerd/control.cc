@@ -17,7 +17,8 @@ class ControlService final : public v1::Control::Service {
  public:
   void attach(server::ReducerServer& server) { server_ = &server; }
 
-  grpc::Status Stats(grpc::ServerContext*, const v1::StatsRequest*, v1::StatsReply* reply) override {
+  grpc::Status Stats(grpc::ServerContext*, const v1::StatsRequest*,
+                     v1::StatsReply* reply) override {
     server::ReducerServer* server = server_;
     if (server == nullptr) return {grpc::StatusCode::UNAVAILABLE, "the reducer is still starting"};
     const server::ServerStats stats = server->stats();
@@ -46,7 +47,8 @@ class ControlService final : public v1::Control::Service {
     return grpc::Status::OK;
   }
 
-  grpc::Status Drain(grpc::ServerContext*, const v1::DrainRequest*, v1::DrainReply* reply) override {
+  grpc::Status Drain(grpc::ServerContext*, const v1::DrainRequest*,
+                     v1::DrainReply* reply) override {
     server::ReducerServer* server = server_;
     if (server == nullptr) return {grpc::StatusCode::UNAVAILABLE, "the reducer is still starting"};
     server->drain();
@@ -58,8 +60,9 @@ class ControlService final : public v1::Control::Service {
   std::atomic<server::ReducerServer*> server_{nullptr};
 };
 
-// grpc.health.v1. Written here and not taken from gRPC, whose own service runs on the callback API with threads of its
-// own that would take events from the data plane's; Watch is a poll in one of the few control threads.
+// grpc.health.v1. Written here and not taken from gRPC, whose own service runs on the callback API
+// with threads of its own that would take events from the data plane's; Watch is a poll in one of
+// the few control threads.
 class HealthService final : public grpc::health::v1::Health::Service {
  public:
   using Reply = grpc::health::v1::HealthCheckResponse;
@@ -80,7 +83,8 @@ class HealthService final : public grpc::health::v1::Health::Service {
     return grpc::Status::OK;
   }
 
-  grpc::Status Watch(grpc::ServerContext* context, const grpc::health::v1::HealthCheckRequest* request,
+  grpc::Status Watch(grpc::ServerContext* context,
+                     const grpc::health::v1::HealthCheckRequest* request,
                      grpc::ServerWriter<Reply>* writer) override {
     Reply reply;
     if (!known(request->service())) {
@@ -103,7 +107,9 @@ class HealthService final : public grpc::health::v1::Health::Service {
   }
 
  private:
-  static bool known(const std::string& service) { return service.empty() || service == "reducer.v1.Data"; }
+  static bool known(const std::string& service) {
+    return service.empty() || service == "reducer.v1.Data";
+  }
   Reply::ServingStatus status() const { return serving_ ? Reply::SERVING : Reply::NOT_SERVING; }
 
   std::mutex mutex_;

@@ -13,8 +13,8 @@ class ServerBuilder;
 
 namespace reducer::reducerd {
 
-/// Made before the server that it tells about, because gRPC takes its services when the data plane starts to listen.
-/// Thread safe after attach().
+/// Made before the server that it tells about, because gRPC takes its services when the data plane
+/// starts to listen. Thread safe after attach().
 class Control {
  public:
   Control();

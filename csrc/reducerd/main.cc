@@ -50,8 +50,9 @@ int serve(const Options& options) {
     return 1;
   }
   control.attach(server);
-  std::printf("reducer ready on %s (protocol %u, threads %d, memory limit %s)\n", server.address().c_str(),
-              kProtocolVersion, options.threads, readableSize(options.memory_limit_bytes).c_str());
+  std::printf("reducer ready on %s (protocol %u, threads %d, memory limit %s)\n",
+              server.address().c_str(), kProtocolVersion, options.threads,
+              readableSize(options.memory_limit_bytes).c_str());
   std::fflush(stdout);
 
   // Drain may also be asked for through the control plane.

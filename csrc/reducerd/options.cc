@@ -24,11 +24,13 @@ Status wrong(const std::string& option, const std::string& why) {
 
 bool parseNumber(std::string_view text, int least, int most, int* value) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
-  return error == std::errc() && end == text.data() + text.size() && *value >= least && *value <= most;
+  return error == std::errc() && end == text.data() + text.size() && *value >= least &&
+         *value <= most;
 }
 
 std::size_t physicalMemory() {
-  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
+  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<std::size_t>(sysconf(_SC_PAGE_SIZE));
 }
 
 }  // namespace
@@ -44,25 +46,32 @@ std::string readableSize(std::size_t nbytes) {
 }
 
 std::string helpText() {
-  return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace SECONDS]\n"
+  return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace "
+         "SECONDS]\n"
          "\n"
          "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
          "\n"
          "  --listen HOST:PORT   where to serve; port 0 picks a free one (default 0.0.0.0:7000)\n"
-         "  --threads N          threads that move and sum data, 1 to 256 (default: cores, at most 4)\n"
-         "  --memory-limit SIZE  most memory promised to groups, as in 512MiB or 4GiB (default: half of this host's);\n"
-         "                       a group of n workers needs 2 x n x window, 4 MiB for each worker by default\n"
+         "  --threads N          threads that move and sum data, 1 to 256 (default: cores, at most "
+         "4)\n"
+         "  --memory-limit SIZE  most memory promised to groups, as in 512MiB or 4GiB (default: "
+         "half of this host's);\n"
+         "                       a group of n workers needs 2 x n x window, 4 MiB for each worker "
+         "by default\n"
          "  --grace SECONDS      after SIGTERM, how long groups at work may finish (default 30)\n"
-         "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and end\n"
+         "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and "
+         "end\n"
          "  --version, --help\n"
          "\n"
-         "Prints one line when ready. SIGTERM or SIGINT: takes in no new group, ends when the last worker has\n"
+         "Prints one line when ready. SIGTERM or SIGINT: takes in no new group, ends when the last "
+         "worker has\n"
          "left or the grace is over; a second signal ends at once.\n";
 }
 
 Result<Options> parseOptions(int argc, char** argv) {
   Options options;
-  options.threads = std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsDefaultMax);
+  options.threads =
+      std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsDefaultMax);
   options.memory_limit_bytes = physicalMemory() / 2;
   const option known[] = {{"listen", required_argument, nullptr, 'l'},
                           {"threads", required_argument, nullptr, 't'},
@@ -80,7 +89,8 @@ Result<Options> parseOptions(int argc, char** argv) {
       case 'l':
         options.listen = optarg;
         if (!transport::parseAddress(options.listen)) {
-          return wrong("--listen", "'" + options.listen + "' is not HOST:PORT with a port from 0 to 65535");
+          return wrong("--listen",
+                       "'" + options.listen + "' is not HOST:PORT with a port from 0 to 65535");
         }
         break;
       case 't':
@@ -96,7 +106,8 @@ Result<Options> parseOptions(int argc, char** argv) {
       }
       case 'g':
         if (!parseNumber(optarg, 0, 86400, &number)) {
-          return wrong("--grace", "'" + std::string(optarg) + "' is not a number of seconds from 0 to 86400");
+          return wrong("--grace",
+                       "'" + std::string(optarg) + "' is not a number of seconds from 0 to 86400");
         }
         options.grace = std::chrono::seconds(number);
         break;

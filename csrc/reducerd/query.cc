@@ -17,7 +17,8 @@ Result<std::string> queryStats(const std::string& address) {
   v1::StatsReply reply;
   const grpc::Status status = stub->Stats(&context, v1::StatsRequest(), &reply);
   if (!status.ok()) {
-    return Status(Code::kUnavailable, "no reducer answers at " + address + ": " + status.error_message());
+    return Status(Code::kUnavailable,
+                  "no reducer answers at " + address + ": " + status.error_message());
   }
   google::protobuf::util::JsonPrintOptions options;
   options.always_print_primitive_fields = true;

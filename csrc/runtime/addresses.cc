@@ -29,11 +29,13 @@ AddressList lookUp(const std::string& host, const char* service, int flags, int*
 
 std::string numeric(const sockaddr* address, socklen_t size) {
   std::array<char, NI_MAXHOST> text{};
-  if (getnameinfo(address, size, text.data(), text.size(), nullptr, 0, NI_NUMERICHOST) != 0) return {};
+  if (getnameinfo(address, size, text.data(), text.size(), nullptr, 0, NI_NUMERICHOST) != 0)
+    return {};
   return text.data();
 }
 
-/// The local address that packets to `peer` leave from: a datagram socket is connected, nothing is sent.
+/// The local address that packets to `peer` leave from: a datagram socket is connected, nothing is
+/// sent.
 std::string routeTo(const addrinfo& peer) {
   const int fd = socket(peer.ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return {};
@@ -56,9 +58,11 @@ std::string hostLabel() {
   return std::string(name.data()) + ":" + std::to_string(getpid());
 }
 
-Result<std::string> chooseBindHost(const std::string& name_or_address, const std::string& peer_host) {
+Result<std::string> chooseBindHost(const std::string& name_or_address,
+                                   const std::string& peer_host) {
   ifaddrs* raw = nullptr;
-  if (getifaddrs(&raw) != 0) return Status(Code::kInternal, "the host's interfaces cannot be listed");
+  if (getifaddrs(&raw) != 0)
+    return Status(Code::kInternal, "the host's interfaces cannot be listed");
   const std::unique_ptr<ifaddrs, decltype(&freeifaddrs)> interfaces(raw, freeifaddrs);
   std::string known;
   std::string v6;
@@ -75,19 +79,23 @@ Result<std::string> chooseBindHost(const std::string& name_or_address, const std
         if (v6.empty() && address.find('%') == std::string::npos) v6 = address;
       }
     }
-    if (family == AF_INET) known += (known.empty() ? "" : ", ") + std::string(one->ifa_name) + " (" + address + ")";
+    if (family == AF_INET)
+      known += (known.empty() ? "" : ", ") + std::string(one->ifa_name) + " (" + address + ")";
   }
   if (!v6.empty()) return v6;
   if (!name_or_address.empty()) {
-    return Status(Code::kInvalidArgument, "'" + name_or_address +
-                                              "' is no interface of this host and no address of one; there are " + known);
+    return Status(Code::kInvalidArgument,
+                  "'" + name_or_address +
+                      "' is no interface of this host and no address of one; there are " + known);
   }
   int error = 0;
   const AddressList peers = lookUp(peer_host, "9", 0, &error);
   if (error != 0) {
-    return Status(Code::kInvalidArgument, "'" + peer_host + "' cannot be resolved (" + gai_strerror(error) +
-                                              "), so the interface towards it is unknown; set REDUCER_INTERFACE to one "
-                                              "of " + known);
+    return Status(Code::kInvalidArgument,
+                  "'" + peer_host + "' cannot be resolved (" + gai_strerror(error) +
+                      "), so the interface towards it is unknown; set REDUCER_INTERFACE to one "
+                      "of " +
+                      known);
   }
   for (const addrinfo* peer = peers.get(); peer != nullptr; peer = peer->ai_next) {
     if (const std::string local = routeTo(*peer); !local.empty()) return local;
@@ -111,19 +119,22 @@ Result<std::vector<std::string>> resolveServers(const std::vector<std::string>& 
     }
     std::vector<std::string> addresses;
     bool v4 = false;
-    for (const addrinfo* one = found.get(); one != nullptr; one = one->ai_next) v4 |= one->ai_family == AF_INET;
+    for (const addrinfo* one = found.get(); one != nullptr; one = one->ai_next)
+      v4 |= one->ai_family == AF_INET;
     for (const addrinfo* one = found.get(); one != nullptr; one = one->ai_next) {
       // A host that has both kinds of address is still one reducer: the older kind is taken.
       if (v4 && one->ai_family != AF_INET) continue;
       std::string text = numeric(one->ai_addr, one->ai_addrlen);
       if (one->ai_family == AF_INET6) text = "[" + text + "]";
       text += ":" + std::to_string(address->port);
-      if (std::find(addresses.begin(), addresses.end(), text) == addresses.end()) addresses.push_back(text);
+      if (std::find(addresses.begin(), addresses.end(), text) == addresses.end())
+        addresses.push_back(text);
     }
     std::sort(addresses.begin(), addresses.end());  // a resolver may turn the order
     for (const std::string& text : addresses) {
       if (std::find(resolved.begin(), resolved.end(), text) != resolved.end()) {
-        return Status(Code::kInvalidArgument, "'" + server + "' is " + text + ", which stands there twice");
+        return Status(Code::kInvalidArgument,
+                      "'" + server + "' is " + text + ", which stands there twice");
       }
       resolved.push_back(text);
     }

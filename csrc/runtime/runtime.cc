@@ -32,11 +32,13 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
   if (auto runtime = s.runtime.lock()) {
     if (s.owner != getpid()) {
       return Status(Code::kAborted,
-                    "this process was forked from one that had a group already, and has none of its threads; start "
+                    "this process was forked from one that had a group already, and has none of "
+                    "its threads; start "
                     "workers with 'spawn' or 'forkserver', or make groups only after the fork");
     }
     if (s.options.bind_host != options.bind_host) {
-      return Status(Code::kInvalidArgument, "this process serves its groups on " + s.options.bind_host +
+      return Status(Code::kInvalidArgument, "this process serves its groups on " +
+                                                s.options.bind_host +
                                                 " already; REDUCER_INTERFACE cannot ask for " +
                                                 options.bind_host + " in the same process");
     }

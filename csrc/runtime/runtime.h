@@ -1,4 +1,5 @@
-// What a worker process has once, whatever the number of its groups: the transport, and the reducer inside it.
+// What a worker process has once, whatever the number of its groups: the transport, and the reducer
+// inside it.
 #pragma once
 
 #include <cstdint>
@@ -42,9 +43,11 @@ std::string hostLabel();
 
 /// The address of the interface `name_or_address`, or, when empty, that of the route to `peer_host`
 /// (a loopback peer gives 127.0.0.1). kInvalidArgument lists the interfaces that exist.
-Result<std::string> chooseBindHost(const std::string& name_or_address, const std::string& peer_host);
+Result<std::string> chooseBindHost(const std::string& name_or_address,
+                                   const std::string& peer_host);
 
-/// Replaces names by addresses: a DNS name with several addresses counts as several servers. Input as from parseServers().
+/// Replaces names by addresses: a DNS name with several addresses counts as several servers. Input
+/// as from parseServers().
 Result<std::vector<std::string>> resolveServers(const std::vector<std::string>& servers);
 
 }  // namespace reducer::runtime

@@ -7,7 +7,8 @@
 namespace reducer::server {
 namespace {
 
-// Both ends' handlers, until the close is told. Each end of the pair holds this; it holds neither end.
+// Both ends' handlers, until the close is told. Each end of the pair holds this; it holds neither
+// end.
 struct Pair {
   explicit Pair(transport::Transport& t) : transport(t) {}
 

@@ -43,21 +43,24 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
   if (found == groups.end()) {
     if (draining) {
-      return Status(Code::kUnavailable, "the reducer " + options.host +
-                                            " is shutting down and takes in no new group; leave it out "
-                                            "of REDUCER_SERVERS");
+      return Status(Code::kUnavailable,
+                    "the reducer " + options.host +
+                        " is shutting down and takes in no new group; leave it out "
+                        "of REDUCER_SERVERS");
     }
     // A slot holds a push of every rank, or its result: the window of each rank counts twice.
-    const std::uint64_t needed =
-        2 * static_cast<std::uint64_t>(hello.world_size) * std::max<std::uint64_t>(hello.window_bytes, 1);
+    const std::uint64_t needed = 2 * static_cast<std::uint64_t>(hello.world_size) *
+                                 std::max<std::uint64_t>(hello.window_bytes, 1);
     if (needed / 2 / hello.world_size != hello.window_bytes ||
-        needed > options.memory_limit_bytes - std::min<std::uint64_t>(reserved_bytes, options.memory_limit_bytes)) {
-      return Status(Code::kResourceExhausted,
-                    "the reducer " + options.host + " has no memory for group '" + hello.group + "' of " +
-                        std::to_string(hello.world_size) + " workers: it needs " + mebibytes(needed) +
-                        " (2 x workers x window), and of the limit of " +
-                        mebibytes(options.memory_limit_bytes) + " " + mebibytes(reserved_bytes) +
-                        " are promised to other groups; raise --memory-limit or lower REDUCER_WINDOW_BYTES");
+        needed > options.memory_limit_bytes -
+                     std::min<std::uint64_t>(reserved_bytes, options.memory_limit_bytes)) {
+      return Status(
+          Code::kResourceExhausted,
+          "the reducer " + options.host + " has no memory for group '" + hello.group + "' of " +
+              std::to_string(hello.world_size) + " workers: it needs " + mebibytes(needed) +
+              " (2 x workers x window), and of the limit of " +
+              mebibytes(options.memory_limit_bytes) + " " + mebibytes(reserved_bytes) +
+              " are promised to other groups; raise --memory-limit or lower REDUCER_WINDOW_BYTES");
     }
     GroupRecord record;
     record.name = hello.group;
@@ -71,14 +74,15 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
   }
   GroupRecord& record = groups.at(hello.job);
   if (record.world_size != hello.world_size || record.config != hello.config) {
-    return Status(Code::kMismatch, "group '" + hello.group + "' is set up differently on its ranks: " + who +
-                                       " has a world size of " + std::to_string(hello.world_size) + " and " +
-                                       hello.config_text + "; " + record.config_host + " has " +
-                                       std::to_string(record.world_size) + " and " + record.config_text);
+    return Status(Code::kMismatch,
+                  "group '" + hello.group + "' is set up differently on its ranks: " + who +
+                      " has a world size of " + std::to_string(hello.world_size) + " and " +
+                      hello.config_text + "; " + record.config_host + " has " +
+                      std::to_string(record.world_size) + " and " + record.config_text);
   }
   if (const auto twin = record.ranks.find(hello.rank); twin != record.ranks.end()) {
-    return Status(Code::kInvalidArgument, who + " of group '" + hello.group + "' is connected already, from " +
-                                              twin->second);
+    return Status(Code::kInvalidArgument, who + " of group '" + hello.group +
+                                              "' is connected already, from " + twin->second);
   }
   record.ranks[hello.rank] = hello.host;
   sessions.insert(session);
@@ -90,7 +94,7 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
 }
 
 void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hello& hello,
-                                 const Status& why) {
+                        const Status& why) {
   engine::Actions actions;
   {
     const std::lock_guard lock(registry_mutex);
@@ -111,7 +115,7 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
 }
 
 Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Frame& frame,
-                                  Payload payload) {
+                         Payload payload) {
   pushed_bytes += payload.nbytes();
   Shard& shard = *shards[shardOf(frame.slot, shards.size())];
   engine::Actions actions;
@@ -122,7 +126,8 @@ Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Fr
     status = shard.engine.onPush(session, frame, std::move(payload), transport.now(), actions);
     const std::uint64_t held = held_bytes += shard.engine.counters().held_bytes - before;
     std::uint64_t max = held_bytes_max.load(std::memory_order_relaxed);
-    while (held > max && !held_bytes_max.compare_exchange_weak(max, held, std::memory_order_relaxed)) {
+    while (held > max &&
+           !held_bytes_max.compare_exchange_weak(max, held, std::memory_order_relaxed)) {
     }
   }
   perform(std::move(actions));
@@ -174,7 +179,8 @@ void ServerState::deliver(engine::Outgoing out) {
 
 ReducerServer::ReducerServer(transport::Transport& transport, ServerOptions options)
     : state_(std::make_shared<ServerState>(transport, std::move(options))) {
-  ticker_ = transport.every(state_->options.tick, [state = state_](TimePoint now) { state->tick(now); });
+  ticker_ =
+      transport.every(state_->options.tick, [state = state_](TimePoint now) { state->tick(now); });
 }
 
 ReducerServer::~ReducerServer() {
@@ -184,7 +190,8 @@ ReducerServer::~ReducerServer() {
 
 void ReducerServer::finish(Duration timeout) {
   std::unique_lock lock(state_->registry_mutex);
-  const std::vector<std::shared_ptr<Session>> open(state_->sessions.begin(), state_->sessions.end());
+  const std::vector<std::shared_ptr<Session>> open(state_->sessions.begin(),
+                                                   state_->sessions.end());
   lock.unlock();
   for (const auto& session : open) session->close(Status(), /*flush=*/true);
   lock.lock();
@@ -202,13 +209,16 @@ Status ReducerServer::listen(const std::string& address) {
   return {};
 }
 
-std::string ReducerServer::address() const { return listener_ ? listener_->address() : std::string(); }
+std::string ReducerServer::address() const {
+  return listener_ ? listener_->address() : std::string();
+}
 
 std::shared_ptr<transport::Connection> ReducerServer::connectLocal(
     std::shared_ptr<transport::Handler> handler) {
   return connectInProcess(state_->transport, std::move(handler),
                           [state = state_](std::shared_ptr<transport::Connection> connection) {
-                            return std::make_shared<Session>(state, std::move(connection), /*local=*/true);
+                            return std::make_shared<Session>(state, std::move(connection),
+                                                             /*local=*/true);
                           });
 }
 

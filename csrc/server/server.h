@@ -13,9 +13,10 @@
 namespace reducer::server {
 
 struct ServerOptions {
-  std::size_t memory_limit_bytes = std::size_t{4} << 30;  ///< for chunks held and results not yet sent
-  int shards = 16;    ///< independent parts of the slot table; more than the threads that serve it
-  std::string host;   ///< "hostname:pid", for messages
+  std::size_t memory_limit_bytes = std::size_t{4}
+                                   << 30;  ///< for chunks held and results not yet sent
+  int shards = 16;   ///< independent parts of the slot table; more than the threads that serve it
+  std::string host;  ///< "hostname:pid", for messages
   Duration tick = std::chrono::milliseconds(100);  ///< how often deadlines are looked at
 };
 
@@ -55,13 +56,15 @@ class ReducerServer {
   ReducerServer(const ReducerServer&) = delete;
   ReducerServer& operator=(const ReducerServer&) = delete;
 
-  /// Serves "host:port" (port 0 picks one). Once. kUnavailable says why it cannot ("address in use").
+  /// Serves "host:port" (port 0 picks one). Once. kUnavailable says why it cannot ("address in
+  /// use").
   Status listen(const std::string& address);
 
   /// The address with the real port; empty before listen().
   std::string address() const;
 
-  /// A connection from this process, without a transport: frames go straight to the engine, on the caller's thread.
+  /// A connection from this process, without a transport: frames go straight to the engine, on the
+  /// caller's thread.
   std::shared_ptr<transport::Connection> connectLocal(std::shared_ptr<transport::Handler> handler);
 
   ServerStats stats() const;
@@ -72,8 +75,8 @@ class ReducerServer {
   /// True if no worker is connected.
   bool idle() const;
 
-  /// Closes every connection once its last answers have left, and waits for that up to `timeout` (real time).
-  /// For an end in good order, before the destructor, which does not wait.
+  /// Closes every connection once its last answers have left, and waits for that up to `timeout`
+  /// (real time). For an end in good order, before the destructor, which does not wait.
   void finish(Duration timeout);
 
  private:

@@ -16,15 +16,17 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
     case wire::FrameKind::kHello:
       return hello(frame.hello);
     case wire::FrameKind::kPush: {
-      // The memory that was promised at hello is all that a worker gets: its own window. (What a worker's own reducer
-      // holds for it is the worker's own memory, and send and recv never go through another host.)
+      // The memory that was promised at hello is all that a worker gets: its own window. (What a
+      // worker's own reducer holds for it is the worker's own memory, and send and recv never go
+      // through another host.)
       const auto length = windowed(frame);
       const std::int64_t outstanding = outstanding_bytes_.fetch_add(length) + length;
       if (outstanding > static_cast<std::int64_t>(hello_.window_bytes)) {
-        return Status(Code::kResourceExhausted,
-                      "rank " + std::to_string(hello_.rank) + " has " + std::to_string(outstanding) +
-                          " bytes outstanding, more than the window of " +
-                          std::to_string(hello_.window_bytes) + " that it announced");
+        return Status(Code::kResourceExhausted, "rank " + std::to_string(hello_.rank) + " has " +
+                                                    std::to_string(outstanding) +
+                                                    " bytes outstanding, more than the window of " +
+                                                    std::to_string(hello_.window_bytes) +
+                                                    " that it announced");
       }
       return state_->push(shared_from_this(), frame, std::move(payload));
     }
@@ -49,7 +51,8 @@ Status Session::hello(const wire::Hello& hello) {
   if (refused_) return {};
   if (joined_) return Status(Code::kInvalidArgument, "a second hello on one connection");
   if (hello.version != kProtocolVersion) {
-    return Status(Code::kVersion, "this reducer (" + state_->options.host + ") speaks protocol version " +
+    return Status(Code::kVersion, "this reducer (" + state_->options.host +
+                                      ") speaks protocol version " +
                                       std::to_string(kProtocolVersion) + ", the worker speaks " +
                                       std::to_string(hello.version) +
                                       "; install the same version of reducer on both");

@@ -18,8 +18,8 @@ namespace reducer::server {
 
 class Session;
 
-/// What all sessions of a reducer share. The slot table is split in shards, each with its own lock; the
-/// group registry's lock is taken at hello and goodbye only.
+/// What all sessions of a reducer share. The slot table is split in shards, each with its own lock;
+/// the group registry's lock is taken at hello and goodbye only.
 struct ServerState {
   struct Shard {
     std::mutex mutex;
@@ -72,7 +72,8 @@ class Session final : public transport::Handler,
                       public engine::Peer,
                       public std::enable_shared_from_this<Session> {
  public:
-  Session(std::shared_ptr<ServerState> state, std::shared_ptr<transport::Connection> connection, bool local)
+  Session(std::shared_ptr<ServerState> state, std::shared_ptr<transport::Connection> connection,
+          bool local)
       : state_(std::move(state)), connection_(std::move(connection)) {
     in_process = local;
   }

@@ -1,9 +1,9 @@
-// What a caller may pass: every check of an argument, with an error that names the rank, the call and the argument.
+// What a caller may pass: every check of an argument, with an error that names the rank, the call
+// and the argument.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/distributed/c10d/Types.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <torch/csrc/distributed/c10d/Types.hpp>
 #include <vector>
 
 #include "common/types.h"
@@ -64,7 +65,8 @@ class Arguments {
                      " tensor; only dense (strided) tensors are supported, use to_dense()");
     const std::optional<DataType> dtype = dataTypeOf(tensor.scalar_type());
     TORCH_CHECK_TYPE(dtype.has_value(), prefix_, name, " has the dtype ", tensor.scalar_type(),
-                     ", which is not supported; there are float16, bfloat16, float32, float64, int8, int16, int32, "
+                     ", which is not supported; there are float16, bfloat16, float32, float64, "
+                     "int8, int16, int32, "
                      "int64, uint8, bool, complex64 and complex128");
     TORCH_CHECK_TYPE(tensor.device().is_cpu(), prefix_, name, " is on the device ", tensor.device(),
                      "; only CPU tensors are supported so far, use tensor.cpu()");
@@ -80,8 +82,8 @@ class Arguments {
 
   /// One tensor for each rank, of this dtype each.
   void perRank(const char* name, const std::vector<at::Tensor>& tensors, DataType dtype) const {
-    TORCH_CHECK_VALUE(tensors.size() == static_cast<std::size_t>(size_), prefix_, name, " has ", tensors.size(),
-                      " tensors, one for each of the ", size_, " ranks is needed");
+    TORCH_CHECK_VALUE(tensors.size() == static_cast<std::size_t>(size_), prefix_, name, " has ",
+                      tensors.size(), " tensors, one for each of the ", size_, " ranks is needed");
     for (std::size_t r = 0; r < tensors.size(); ++r) {
       const std::string item = std::string(name) + "[" + std::to_string(r) + "]";
       sameType(item.c_str(), tensor(item.c_str(), tensors[r]), dtype);
@@ -93,23 +95,27 @@ class Arguments {
                      ", the other tensors have ", nameOf(wanted));
   }
 
-  void sameLength(const char* name, std::size_t length, const char* other, std::size_t wanted) const {
-    TORCH_CHECK_VALUE(length == wanted, prefix_, name, " has ", length, " tensors, ", other, " has ", wanted);
+  void sameLength(const char* name, std::size_t length, const char* other,
+                  std::size_t wanted) const {
+    TORCH_CHECK_VALUE(length == wanted, prefix_, name, " has ", length, " tensors, ", other,
+                      " has ", wanted);
   }
 
-  void numel(const std::string& name, const at::Tensor& tensor, std::int64_t wanted, const char* why) const {
-    TORCH_CHECK_VALUE(tensor.numel() == wanted, prefix_, name, " has ", tensor.numel(), " elements, ", wanted,
-                      " are needed (", why, ")");
+  void numel(const std::string& name, const at::Tensor& tensor, std::int64_t wanted,
+             const char* why) const {
+    TORCH_CHECK_VALUE(tensor.numel() == wanted, prefix_, name, " has ", tensor.numel(),
+                      " elements, ", wanted, " are needed (", why, ")");
   }
 
   /// The list is for the root only.
   void emptyHere(const char* name, std::size_t length, Rank root) const {
-    TORCH_CHECK_VALUE(length == 0, prefix_, name, " must be empty on every rank but the root, which is rank ", root);
+    TORCH_CHECK_VALUE(length == 0, prefix_, name,
+                      " must be empty on every rank but the root, which is rank ", root);
   }
 
   Rank rank(const char* name, std::int64_t rank) const {
-    TORCH_CHECK_VALUE(rank >= 0 && rank < size_, prefix_, name, " is ", rank, ", the ranks of this group are 0 to ",
-                      size_ - 1);
+    TORCH_CHECK_VALUE(rank >= 0 && rank < size_, prefix_, name, " is ", rank,
+                      ", the ranks of this group are 0 to ", size_ - 1);
     return static_cast<Rank>(rank);
   }
 
@@ -120,20 +126,21 @@ class Arguments {
   }
 
   Rank root(std::int64_t root_rank, std::int64_t root_tensor = 0) const {
-    TORCH_CHECK_VALUE(root_tensor == 0, prefix_, "root tensor is ", root_tensor, ", there is only tensor 0");
+    TORCH_CHECK_VALUE(root_tensor == 0, prefix_, "root tensor is ", root_tensor,
+                      ", there is only tensor 0");
     return rank("root", root_rank);
   }
 
   std::uint32_t tag(std::int64_t tag) const {
-    TORCH_CHECK_VALUE(tag >= 0 && tag <= std::numeric_limits<std::int32_t>::max(), prefix_, "tag is ", tag,
-                      ", it must not be negative");
+    TORCH_CHECK_VALUE(tag >= 0 && tag <= std::numeric_limits<std::int32_t>::max(), prefix_,
+                      "tag is ", tag, ", it must not be negative");
     return static_cast<std::uint32_t>(tag);
   }
 
   ReduceOp op(const c10d::ReduceOp& op, DataType dtype) const {
     const ReduceOp known = knownOp(op);
-    TORCH_CHECK_TYPE(supports(known, dtype), prefix_, "the operation '", nameOf(known), "' has no meaning on the dtype ",
-                     nameOf(dtype));
+    TORCH_CHECK_TYPE(supports(known, dtype), prefix_, "the operation '", nameOf(known),
+                     "' has no meaning on the dtype ", nameOf(dtype));
     return known;
   }
 
@@ -159,9 +166,10 @@ class Arguments {
       default:
         break;
     }
-    TORCH_CHECK_VALUE(false, prefix_, "the operation ",
-                      op.op_ == c10d::ReduceOp::PREMUL_SUM ? "PREMUL_SUM" : "UNUSED",
-                      " is not supported; there are SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR and BXOR");
+    TORCH_CHECK_VALUE(
+        false, prefix_, "the operation ",
+        op.op_ == c10d::ReduceOp::PREMUL_SUM ? "PREMUL_SUM" : "UNUSED",
+        " is not supported; there are SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR and BXOR");
   }
 
   const std::string prefix_;

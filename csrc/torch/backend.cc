@@ -19,7 +19,8 @@ using collective::Group;
 // How long the goodbyes may take: a peer that does not answer cannot hold up the end of a group.
 constexpr auto kGoodbye = std::chrono::seconds(5);
 
-/// Lets others have the GIL while this thread joins threads; does nothing if this thread does not hold it.
+/// Lets others have the GIL while this thread joins threads; does nothing if this thread does not
+/// hold it.
 class WithoutGil {
  public:
   WithoutGil() : state_(Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
@@ -56,9 +57,11 @@ std::size_t elements(const at::Tensor& tensor) { return static_cast<std::size_t>
 template <class Pointer>
 void cut(Pointer base, std::size_t count, DataType dtype, int n, std::vector<Pointer>& pointers,
          std::vector<std::size_t>& counts) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  using Byte =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   for (int r = 0; r < n; ++r) {
-    pointers.push_back(static_cast<Byte*>(base) + static_cast<std::size_t>(r) * count * sizeOf(dtype));
+    pointers.push_back(static_cast<Byte*>(base) +
+                       static_cast<std::size_t>(r) * count * sizeOf(dtype));
     counts.push_back(count);
   }
 }
@@ -66,8 +69,8 @@ void cut(Pointer base, std::size_t count, DataType dtype, int n, std::vector<Poi
 /// Memory of one tensor as parts along its first dimension: equal ones if `splits` is empty.
 template <class Pointer>
 void cutRows(const Arguments& check, const std::string& name, const at::Tensor& tensor,
-             const std::vector<std::int64_t>& splits, Pointer base, int n, std::vector<Pointer>& pointers,
-             std::vector<std::size_t>& counts) {
+             const std::vector<std::int64_t>& splits, Pointer base, int n,
+             std::vector<Pointer>& pointers, std::vector<std::size_t>& counts) {
   TORCH_CHECK_VALUE(tensor.dim() > 0, check.prefix(), name, " has no dimension to be split along");
   const std::int64_t rows = tensor.size(0);
   const std::int64_t row = rows == 0 ? 0 : tensor.numel() / rows;
@@ -75,40 +78,43 @@ void cutRows(const Arguments& check, const std::string& name, const at::Tensor& 
     TORCH_CHECK_VALUE(rows % n == 0, check.prefix(), name, " has ", rows,
                       " rows, which cannot be split equally over ", n, " ranks");
   } else {
-    TORCH_CHECK_VALUE(splits.size() == static_cast<std::size_t>(n), check.prefix(), name, " has ", splits.size(),
-                      " split sizes, one for each of the ", n, " ranks is needed");
+    TORCH_CHECK_VALUE(splits.size() == static_cast<std::size_t>(n), check.prefix(), name, " has ",
+                      splits.size(), " split sizes, one for each of the ", n, " ranks is needed");
   }
   std::int64_t total = 0;
   for (int r = 0; r < n; ++r) {
     const std::int64_t length = splits.empty() ? rows / n : splits[r];
     TORCH_CHECK_VALUE(length >= 0, check.prefix(), name, " has the split size ", length);
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-    pointers.push_back(static_cast<Byte*>(base) + total * row * static_cast<std::int64_t>(tensor.element_size()));
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    pointers.push_back(static_cast<Byte*>(base) +
+                       total * row * static_cast<std::int64_t>(tensor.element_size()));
     counts.push_back(static_cast<std::size_t>(length * row));
     total += length;
   }
-  TORCH_CHECK_VALUE(total == rows, check.prefix(), name, " has ", rows, " rows, but its split sizes add up to ",
-                    total);
+  TORCH_CHECK_VALUE(total == rows, check.prefix(), name, " has ", rows,
+                    " rows, but its split sizes add up to ", total);
 }
 
 }  // namespace
 
 // ------------------------------------------------------------------ life
 
-Result<c10::intrusive_ptr<ReducerBackend>> ReducerBackend::create(collective::GroupConfig config,
-                                                                  std::shared_ptr<runtime::Runtime> runtime,
-                                                                  Milliseconds timeout,
-                                                                  std::vector<std::uint64_t> ranks) {
+Result<c10::intrusive_ptr<ReducerBackend>> ReducerBackend::create(
+    collective::GroupConfig config, std::shared_ptr<runtime::Runtime> runtime, Milliseconds timeout,
+    std::vector<std::uint64_t> ranks) {
   const collective::GroupConfig kept = config;
-  Result<std::shared_ptr<Group>> group = Group::create(std::move(config), runtime->transport(), runtime->server());
+  Result<std::shared_ptr<Group>> group =
+      Group::create(std::move(config), runtime->transport(), runtime->server());
   if (!group.ok()) return group.status();
-  auto backend = c10::make_intrusive<ReducerBackend>(kept, std::move(runtime), std::move(group).value(), timeout,
-                                                     std::move(ranks));
+  auto backend = c10::make_intrusive<ReducerBackend>(
+      kept, std::move(runtime), std::move(group).value(), timeout, std::move(ranks));
   enlist(backend);
   return backend;
 }
 
-ReducerBackend::ReducerBackend(const collective::GroupConfig& config, std::shared_ptr<runtime::Runtime> runtime,
+ReducerBackend::ReducerBackend(const collective::GroupConfig& config,
+                               std::shared_ptr<runtime::Runtime> runtime,
                                std::shared_ptr<collective::Group> group, Milliseconds timeout,
                                std::vector<std::uint64_t> ranks)
     : Backend(config.rank, config.world_size),
@@ -148,7 +154,8 @@ bool ReducerBackend::forked() const { return getpid() != pid_; }
 
 void ReducerBackend::leave() {
   if (forked()) {
-    // The threads that would have to be joined, and the locks that they may have held, are the parent's.
+    // The threads that would have to be joined, and the locks that they may have held, are the
+    // parent's.
     static_cast<void>(new std::shared_ptr<Session>(session_));
     static_cast<void>(new std::shared_ptr<CompletionThread>(completions_));
     return;
@@ -176,16 +183,19 @@ void ReducerBackend::abort() {
     const std::lock_guard lock(mutex_);
     session = session_;
   }
-  if (session && !forked()) session->group->abort("abort() was called on rank " + std::to_string(rank_));
+  if (session && !forked())
+    session->group->abort("abort() was called on rank " + std::to_string(rank_));
 }
 
 std::shared_ptr<ReducerBackend::Session> ReducerBackend::session() {
   TORCH_CHECK(!forked(), who_, " was made in process ", pid_,
-              ", and this is a process forked from it, which has none of its connections; call init_process_group in this "
+              ", and this is a process forked from it, which has none of its connections; call "
+              "init_process_group in this "
               "process, or communicate in the parent only");
   const std::lock_guard lock(mutex_);
   if (!session_) {
-    C10_THROW_ERROR(DistBackendError, who_ + " was shut down (destroy_process_group); make a new group");
+    C10_THROW_ERROR(DistBackendError,
+                    who_ + " was shut down (destroy_process_group); make a new group");
   }
   return session_;
 }
@@ -211,8 +221,8 @@ Arguments ReducerBackend::arguments(const Call& call) const {
   return Arguments(who_, title.substr(title.find(':') + 1), rank_, size_);
 }
 
-WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, const std::vector<Part>& parts,
-                               const Start& start) {
+WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers,
+                               const std::vector<Part>& parts, const Start& start) {
   const std::shared_ptr<Session> session = this->session();
   ReducerWork::Info info;
   info.rank = rank_;
@@ -222,8 +232,8 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, cons
   info.sequence = session->group->sequence();
   info.source = call.source;
   info.parts = parts.size();
-  const auto work =
-      c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs, buffers, completions_);
+  const auto work = c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs,
+                                                     buffers, completions_);
   CallOptions options;
   options.timeout = timeoutOr(call.timeout);
   options.keepalive = std::move(buffers);
@@ -237,7 +247,8 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, cons
   return work;
 }
 
-WorkPtr ReducerBackend::launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op) {
+WorkPtr ReducerBackend::launchAllReduce(Call call, const Tensors& tensors,
+                                        const c10d::ReduceOp& op) {
   const Arguments check = arguments(call);
   const auto buffers = std::make_shared<Buffers>();
   std::vector<Part> parts;
@@ -250,13 +261,15 @@ WorkPtr ReducerBackend::launchAllReduce(Call call, const Tensors& tensors, const
   }
   call.inputs = tensors;
   call.outputs = tensors;
-  return launch(std::move(call), buffers, parts, [](Group& group, const Part& p, CallOptions options, Done done) {
-    group.allReduce(p.out, p.out, p.count, p.dtype, p.op, std::move(options), std::move(done));
-  });
+  return launch(std::move(call), buffers, parts,
+                [](Group& group, const Part& p, CallOptions options, Done done) {
+                  group.allReduce(p.out, p.out, p.count, p.dtype, p.op, std::move(options),
+                                  std::move(done));
+                });
 }
 
-WorkPtr ReducerBackend::launchAllGather(Call call, const std::vector<Tensors>& outputs, const Tensors& inputs,
-                                        bool lists) {
+WorkPtr ReducerBackend::launchAllGather(Call call, const std::vector<Tensors>& outputs,
+                                        const Tensors& inputs, bool lists) {
   const Arguments check = arguments(call);
   check.sameLength("the list of outputs", outputs.size(), "the list of inputs", inputs.size());
   const auto buffers = std::make_shared<Buffers>();
@@ -283,13 +296,16 @@ WorkPtr ReducerBackend::launchAllGather(Call call, const std::vector<Tensors>& o
     call.outputs.insert(call.outputs.end(), outputs[i].begin(), outputs[i].end());
   }
   call.inputs = inputs;
-  return launch(std::move(call), buffers, parts, [](Group& group, const Part& p, CallOptions options, Done done) {
-    group.allGather(p.in, p.outs, p.out_counts, p.dtype, std::move(options), std::move(done));
-  });
+  return launch(std::move(call), buffers, parts,
+                [](Group& group, const Part& p, CallOptions options, Done done) {
+                  group.allGather(p.in, p.outs, p.out_counts, p.dtype, std::move(options),
+                                  std::move(done));
+                });
 }
 
-WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs, const std::vector<Tensors>& inputs,
-                                            bool lists, const c10d::ReduceOp& op) {
+WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs,
+                                            const std::vector<Tensors>& inputs, bool lists,
+                                            const c10d::ReduceOp& op) {
   const Arguments check = arguments(call);
   check.sameLength("the list of inputs", inputs.size(), "the list of outputs", outputs.size());
   const auto buffers = std::make_shared<Buffers>();
@@ -300,7 +316,8 @@ WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs, c
     part.op = check.op(op, part.dtype);
     if (lists) {
       check.perRank("inputs", inputs[i], part.dtype);
-      check.numel("output", outputs[i], inputs[i][rank_].numel(), "as many as this rank's entry of inputs has");
+      check.numel("output", outputs[i], inputs[i][rank_].numel(),
+                  "as many as this rank's entry of inputs has");
       for (const at::Tensor& input : inputs[i]) {
         part.ins.push_back(buffers->in(input));
         part.in_counts.push_back(elements(input));
@@ -315,9 +332,11 @@ WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs, c
     call.inputs.insert(call.inputs.end(), inputs[i].begin(), inputs[i].end());
   }
   call.outputs = outputs;
-  return launch(std::move(call), buffers, parts, [](Group& group, const Part& p, CallOptions options, Done done) {
-    group.reduceScatter(p.ins, p.out, p.in_counts, p.dtype, p.op, std::move(options), std::move(done));
-  });
+  return launch(std::move(call), buffers, parts,
+                [](Group& group, const Part& p, CallOptions options, Done done) {
+                  group.reduceScatter(p.ins, p.out, p.in_counts, p.dtype, p.op, std::move(options),
+                                      std::move(done));
+                });
 }
 
 // ------------------------------------------------------------------ collectives
@@ -328,9 +347,11 @@ WorkPtr ReducerBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions
   return launchAllReduce(std::move(call), tensors, options.reduceOp);
 }
 
-WorkPtr ReducerBackend::allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) {
-  return launchAllReduce({OpType::ALLREDUCE_COALESCED, "reducer:all_reduce_coalesced", options.timeout}, tensors,
-                         options.reduceOp);
+WorkPtr ReducerBackend::allreduce_coalesced(Tensors& tensors,
+                                            const c10d::AllreduceCoalescedOptions& options) {
+  return launchAllReduce(
+      {OpType::ALLREDUCE_COALESCED, "reducer:all_reduce_coalesced", options.timeout}, tensors,
+      options.reduceOp);
 }
 
 WorkPtr ReducerBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& options) {
@@ -345,9 +366,11 @@ WorkPtr ReducerBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& opti
   part.count = elements(tensor);
   if (rank_ == root) part.out = buffers->inout(tensor);
   part.in = rank_ == root ? part.out : buffers->in(tensor);
-  return launch(std::move(call), buffers, {part}, [root](Group& group, const Part& p, CallOptions o, Done done) {
-    group.reduce(p.in, p.out, p.count, p.dtype, p.op, root, std::move(o), std::move(done));
-  });
+  return launch(std::move(call), buffers, {part},
+                [root](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.reduce(p.in, p.out, p.count, p.dtype, p.op, root, std::move(o),
+                               std::move(done));
+                });
 }
 
 WorkPtr ReducerBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
@@ -361,9 +384,10 @@ WorkPtr ReducerBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions
   part.count = elements(tensor);
   // The group reads it at the root and writes it elsewhere.
   part.out = rank_ == root ? const_cast<void*>(buffers->in(tensor)) : buffers->out(tensor);
-  return launch(std::move(call), buffers, {part}, [root](Group& group, const Part& p, CallOptions o, Done done) {
-    group.broadcast(p.out, p.count, p.dtype, root, std::move(o), std::move(done));
-  });
+  return launch(std::move(call), buffers, {part},
+                [root](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.broadcast(p.out, p.count, p.dtype, root, std::move(o), std::move(done));
+                });
 }
 
 WorkPtr ReducerBackend::barrier(const c10d::BarrierOptions& options) {
@@ -373,8 +397,10 @@ WorkPtr ReducerBackend::barrier(const c10d::BarrierOptions& options) {
                 });
 }
 
-// A barrier that times out names the ranks that are missing, on all ranks that came; there is nothing to add.
-void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool /*wait_all_ranks*/) {
+// A barrier that times out names the ranks that are missing, on all ranks that came; there is
+// nothing to add.
+void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options,
+                                      bool /*wait_all_ranks*/) {
   barrier(options)->wait();
 }
 
@@ -387,8 +413,9 @@ WorkPtr ReducerBackend::allgather(std::vector<Tensors>& outputs, Tensors& inputs
 
 WorkPtr ReducerBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
                                         const c10d::AllgatherOptions& options) {
-  return launchAllGather({OpType::_ALLGATHER_BASE, "reducer:all_gather_into_tensor", options.timeout}, {{output}},
-                         {input}, false);
+  return launchAllGather(
+      {OpType::_ALLGATHER_BASE, "reducer:all_gather_into_tensor", options.timeout}, {{output}},
+      {input}, false);
 }
 
 WorkPtr ReducerBackend::allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
@@ -396,10 +423,12 @@ WorkPtr ReducerBackend::allgather_coalesced(std::vector<Tensors>& outputs, Tenso
   const Call call{OpType::ALLGATHER_COALESCED, "reducer:all_gather_coalesced", options.timeout};
   const Arguments check = arguments(call);
   // Here torch's lists are by rank first, and by tensor within.
-  check.sameLength("the list of outputs", outputs.size(), "the group", static_cast<std::size_t>(size_));
+  check.sameLength("the list of outputs", outputs.size(), "the group",
+                   static_cast<std::size_t>(size_));
   std::vector<Tensors> by_tensor(inputs.size());
   for (const Tensors& of_rank : outputs) {
-    check.sameLength("a rank's list of outputs", of_rank.size(), "the list of inputs", inputs.size());
+    check.sameLength("a rank's list of outputs", of_rank.size(), "the list of inputs",
+                     inputs.size());
     for (std::size_t i = 0; i < inputs.size(); ++i) by_tensor[i].push_back(of_rank[i]);
   }
   return launchAllGather(call, by_tensor, inputs, true);
@@ -409,8 +438,9 @@ WorkPtr ReducerBackend::allgather_into_tensor_coalesced(Tensors& outputs, Tensor
                                                         const c10d::AllgatherOptions& options) {
   std::vector<Tensors> lists;
   for (const at::Tensor& output : outputs) lists.push_back({output});
-  return launchAllGather({OpType::COALESCED, "reducer:all_gather_into_tensor_coalesced", options.timeout}, lists,
-                         inputs, false);
+  return launchAllGather(
+      {OpType::COALESCED, "reducer:all_gather_into_tensor_coalesced", options.timeout}, lists,
+      inputs, false);
 }
 
 WorkPtr ReducerBackend::reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
@@ -422,20 +452,22 @@ WorkPtr ReducerBackend::reduce_scatter(Tensors& outputs, std::vector<Tensors>& i
 
 WorkPtr ReducerBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                              const c10d::ReduceScatterOptions& options) {
-  return launchReduceScatter({OpType::_REDUCE_SCATTER_BASE, "reducer:reduce_scatter_tensor", options.timeout},
-                             {output}, {{input}}, false, options.reduceOp);
+  return launchReduceScatter(
+      {OpType::_REDUCE_SCATTER_BASE, "reducer:reduce_scatter_tensor", options.timeout}, {output},
+      {{input}}, false, options.reduceOp);
 }
 
 WorkPtr ReducerBackend::reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                                         const c10d::ReduceScatterOptions& options) {
   std::vector<Tensors> lists;
   for (const at::Tensor& input : inputs) lists.push_back({input});
-  return launchReduceScatter(
-      {OpType::REDUCE_SCATTER_TENSOR_COALESCED, "reducer:reduce_scatter_tensor_coalesced", options.timeout}, outputs,
-      lists, false, options.reduceOp);
+  return launchReduceScatter({OpType::REDUCE_SCATTER_TENSOR_COALESCED,
+                              "reducer:reduce_scatter_tensor_coalesced", options.timeout},
+                             outputs, lists, false, options.reduceOp);
 }
 
-WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) {
+WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs,
+                               const c10d::GatherOptions& options) {
   Call call{OpType::GATHER, "reducer:gather", options.timeout, inputs};
   const Arguments check = arguments(call);
   const at::Tensor& input = check.single("inputs", inputs);
@@ -456,9 +488,11 @@ WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs, c
   } else {
     check.emptyHere("outputs", outputs.size(), root);
   }
-  return launch(std::move(call), buffers, {part}, [root](Group& group, const Part& p, CallOptions o, Done done) {
-    group.gather(p.in, p.outs, p.out_counts, p.dtype, root, std::move(o), std::move(done));
-  });
+  return launch(std::move(call), buffers, {part},
+                [root](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.gather(p.in, p.outs, p.out_counts, p.dtype, root, std::move(o),
+                               std::move(done));
+                });
 }
 
 WorkPtr ReducerBackend::scatter(Tensors& outputs, std::vector<Tensors>& inputs,
@@ -483,12 +517,15 @@ WorkPtr ReducerBackend::scatter(Tensors& outputs, std::vector<Tensors>& inputs,
     check.emptyHere("inputs", inputs.size(), root);
   }
   part.out = buffers->out(output);
-  return launch(std::move(call), buffers, {part}, [root](Group& group, const Part& p, CallOptions o, Done done) {
-    group.scatter(p.ins, p.out, p.in_counts, p.dtype, root, std::move(o), std::move(done));
-  });
+  return launch(std::move(call), buffers, {part},
+                [root](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.scatter(p.ins, p.out, p.in_counts, p.dtype, root, std::move(o),
+                                std::move(done));
+                });
 }
 
-WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<std::int64_t>& output_splits,
+WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
+                                      std::vector<std::int64_t>& output_splits,
                                       std::vector<std::int64_t>& input_splits,
                                       const c10d::AllToAllOptions& options) {
   Call call{OpType::ALLTOALL_BASE, "reducer:all_to_all_single", options.timeout, {input}, {output}};
@@ -498,13 +535,17 @@ WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std
   part.dtype = check.tensor("input", input);
   check.sameType("output", check.tensor("output", output), part.dtype);
   cutRows(check, "input", input, input_splits, buffers->in(input), size_, part.ins, part.in_counts);
-  cutRows(check, "output", output, output_splits, buffers->out(output), size_, part.outs, part.out_counts);
-  return launch(std::move(call), buffers, {part}, [](Group& group, const Part& p, CallOptions o, Done done) {
-    group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o), std::move(done));
-  });
+  cutRows(check, "output", output, output_splits, buffers->out(output), size_, part.outs,
+          part.out_counts);
+  return launch(std::move(call), buffers, {part},
+                [](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o),
+                                 std::move(done));
+                });
 }
 
-WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) {
+WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs,
+                                 const c10d::AllToAllOptions& options) {
   Call call{OpType::ALLTOALL, "reducer:all_to_all", options.timeout, inputs, outputs};
   const Arguments check = arguments(call);
   const auto buffers = std::make_shared<Buffers>();
@@ -519,9 +560,11 @@ WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::
     part.outs.push_back(buffers->out(outputs[r]));
     part.out_counts.push_back(elements(outputs[r]));
   }
-  return launch(std::move(call), buffers, {part}, [](Group& group, const Part& p, CallOptions o, Done done) {
-    group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o), std::move(done));
-  });
+  return launch(std::move(call), buffers, {part},
+                [](Group& group, const Part& p, CallOptions o, Done done) {
+                  group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o),
+                                 std::move(done));
+                });
 }
 
 // ------------------------------------------------------------------ from one rank to another
@@ -536,8 +579,8 @@ WorkPtr ReducerBackend::send(Tensors& tensors, int to, int tag) {
   part.count = elements(tensor);
   part.in = buffers->in(tensor);
   return launch(std::move(call), buffers, {part},
-                [to = check.peer("the destination", to), tag = check.tag(tag)](Group& group, const Part& p,
-                                                                               CallOptions o, Done done) {
+                [to = check.peer("the destination", to), tag = check.tag(tag)](
+                    Group& group, const Part& p, CallOptions o, Done done) {
                   group.send(p.in, p.count, p.dtype, to, tag, std::move(o), std::move(done));
                 });
 }
@@ -552,15 +595,16 @@ WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
   part.count = elements(tensor);
   part.out = buffers->out(tensor);
   return launch(std::move(call), buffers, {part},
-                [from = check.peer("the source", from), tag = check.tag(tag)](Group& group, const Part& p,
-                                                                              CallOptions o, Done done) {
+                [from = check.peer("the source", from), tag = check.tag(tag)](
+                    Group& group, const Part& p, CallOptions o, Done done) {
                   group.recv(p.out, p.count, p.dtype, from, tag, std::move(o), std::move(done));
                 });
 }
 
 WorkPtr ReducerBackend::recvAnysource(Tensors& /*tensors*/, int /*tag*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, who_,
-                              " recv: receiving from any rank is not supported yet; pass the source's rank as src");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, who_,
+      " recv: receiving from any rank is not supported yet; pass the source's rank as src");
 }
 
 }  // namespace reducer::torch_backend

@@ -1,8 +1,6 @@
 // torch.distributed's view of a group: the collectives that c10d calls, on tensors.
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Backend.hpp>
-
 #include <sys/types.h>
 
 #include <atomic>
@@ -12,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
 #include "collective/group.h"
@@ -28,21 +27,24 @@ using Milliseconds = std::chrono::milliseconds;
 
 /// A c10d::Backend over a collective::Group.
 ///
-/// Every collective checks its arguments (errors are raised by the call), queues the operation and returns its Work, which ends with
-/// a DistBackendError if the operation fails. Thread safety: any thread; calls of one group are ordered as they get
-/// through. No method needs the GIL; those that join threads release it if the caller holds it. In a forked child every call
-/// raises an error, and the destructor leaves everything alone.
+/// Every collective checks its arguments (errors are raised by the call), queues the operation and
+/// returns its Work, which ends with a DistBackendError if the operation fails. Thread safety: any
+/// thread; calls of one group are ordered as they get through. No method needs the GIL; those that
+/// join threads release it if the caller holds it. In a forked child every call raises an error,
+/// and the destructor leaves everything alone.
 class ReducerBackend final : public c10d::Backend {
  public:
   /// Joins the group. The error is what Group::create() says.
-  static Result<c10::intrusive_ptr<ReducerBackend>> create(collective::GroupConfig config,
-                                                           std::shared_ptr<runtime::Runtime> runtime,
-                                                           Milliseconds timeout, std::vector<std::uint64_t> ranks);
+  static Result<c10::intrusive_ptr<ReducerBackend>> create(
+      collective::GroupConfig config, std::shared_ptr<runtime::Runtime> runtime,
+      Milliseconds timeout, std::vector<std::uint64_t> ranks);
   ReducerBackend(const collective::GroupConfig& config, std::shared_ptr<runtime::Runtime> runtime,
-                 std::shared_ptr<collective::Group> group, Milliseconds timeout, std::vector<std::uint64_t> ranks);
+                 std::shared_ptr<collective::Group> group, Milliseconds timeout,
+                 std::vector<std::uint64_t> ranks);
   ~ReducerBackend() override;
 
-  /// Leaves every group of this process: for the end of the interpreter, after which no callback could run.
+  /// Leaves every group of this process: for the end of the interpreter, after which no callback
+  /// could run.
   static void shutdownAll();
 
   const std::string getBackendName() const override { return "reducer"; }
@@ -58,13 +60,16 @@ class ReducerBackend final : public c10d::Backend {
   void shutdown() override;
 
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;
-  WorkPtr allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override;
+  WorkPtr allreduce_coalesced(Tensors& tensors,
+                              const c10d::AllreduceCoalescedOptions& options) override;
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& options) override;
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override;
   WorkPtr barrier(const c10d::BarrierOptions& options) override;
   void monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) override;
-  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override;
-  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override;
+  WorkPtr allgather(std::vector<Tensors>& outputs, Tensors& inputs,
+                    const c10d::AllgatherOptions& options) override;
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input,
+                          const c10d::AllgatherOptions& options) override;
   WorkPtr allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
                               const c10d::AllgatherOptions& options) override;
   WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
@@ -75,11 +80,16 @@ class ReducerBackend final : public c10d::Backend {
                                const c10d::ReduceScatterOptions& options) override;
   WorkPtr reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                           const c10d::ReduceScatterOptions& options) override;
-  WorkPtr gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) override;
-  WorkPtr scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& options) override;
-  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<std::int64_t>& output_splits,
-                        std::vector<std::int64_t>& input_splits, const c10d::AllToAllOptions& options) override;
-  WorkPtr alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) override;
+  WorkPtr gather(std::vector<Tensors>& outputs, Tensors& inputs,
+                 const c10d::GatherOptions& options) override;
+  WorkPtr scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                  const c10d::ScatterOptions& options) override;
+  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input,
+                        std::vector<std::int64_t>& output_splits,
+                        std::vector<std::int64_t>& input_splits,
+                        const c10d::AllToAllOptions& options) override;
+  WorkPtr alltoall(Tensors& outputs, Tensors& inputs,
+                   const c10d::AllToAllOptions& options) override;
   WorkPtr send(Tensors& tensors, int to, int tag) override;
   WorkPtr recv(Tensors& tensors, int from, int tag) override;
   WorkPtr recvAnysource(Tensors& tensors, int tag) override;
@@ -104,8 +114,8 @@ class ReducerBackend final : public c10d::Backend {
     Tensors outputs = {};  ///< for result() and the Future
     int source = -1;
   };
-  /// One operation of the group: the arguments that it takes, in the order of ranks where there are several. A call has
-  /// one part, a coalesced call one for each tensor.
+  /// One operation of the group: the arguments that it takes, in the order of ranks where there are
+  /// several. A call has one part, a coalesced call one for each tensor.
   struct Part {
     DataType dtype = DataType::kUInt8;
     ReduceOp op = ReduceOp::kNone;
@@ -117,16 +127,21 @@ class ReducerBackend final : public c10d::Backend {
     std::vector<std::size_t> in_counts;
     std::vector<std::size_t> out_counts;
   };
-  using Start = std::function<void(collective::Group&, const Part&, collective::CallOptions, collective::Done)>;
+  using Start = std::function<void(collective::Group&, const Part&, collective::CallOptions,
+                                   collective::Done)>;
 
   /// Starts every part of a call, whose memory is in `buffers`, and returns its Work.
-  WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, const std::vector<Part>& parts, const Start& start);
+  WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, const std::vector<Part>& parts,
+                 const Start& start);
   WorkPtr launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op);
-  /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for all.
-  WorkPtr launchAllGather(Call call, const std::vector<Tensors>& outputs, const Tensors& inputs, bool lists);
-  /// inputs[i] are what goes into the ranks' outputs[i]: a list of tensors by rank, or one tensor for all.
-  WorkPtr launchReduceScatter(Call call, const Tensors& outputs, const std::vector<Tensors>& inputs, bool lists,
-                              const c10d::ReduceOp& op);
+  /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for
+  /// all.
+  WorkPtr launchAllGather(Call call, const std::vector<Tensors>& outputs, const Tensors& inputs,
+                          bool lists);
+  /// inputs[i] are what goes into the ranks' outputs[i]: a list of tensors by rank, or one tensor
+  /// for all.
+  WorkPtr launchReduceScatter(Call call, const Tensors& outputs, const std::vector<Tensors>& inputs,
+                              bool lists, const c10d::ReduceOp& op);
 
   Arguments arguments(const Call& call) const;
   Milliseconds timeoutOr(Milliseconds asked) const;

@@ -11,13 +11,15 @@
 
 namespace reducer::torch_backend {
 
-/// The same memory under a tensor object of its own. An at::Tensor that Python knows cannot be released without the GIL
-/// (its last C++ reference keeps the Python object alive), and the transport's threads, which release ours, must
-/// never wait for the GIL. So operations hold storages and aliases, and not the caller's tensors.
+/// The same memory under a tensor object of its own. An at::Tensor that Python knows cannot be
+/// released without the GIL (its last C++ reference keeps the Python object alive), and the
+/// transport's threads, which release ours, must never wait for the GIL. So operations hold
+/// storages and aliases, and not the caller's tensors.
 inline at::Tensor aliasOf(const at::Tensor& tensor) { return tensor.detach(); }
 
-/// Holds the memory of one operation's tensors, and staging copies of those that are not plain contiguous memory.
-/// Thread safety: filled by one thread; copyBack() once, from any thread, after that.
+/// Holds the memory of one operation's tensors, and staging copies of those that are not plain
+/// contiguous memory. Thread safety: filled by one thread; copyBack() once, from any thread, after
+/// that.
 class Buffers {
  public:
   /// Memory to read from: numel() elements.
@@ -30,7 +32,9 @@ class Buffers {
   void* out(const at::Tensor& tensor) {
     at::assert_no_internal_overlap(tensor);
     if (plain(tensor)) return keep(tensor).mutable_data_ptr();
-    return keepBack(tensor, at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous)));
+    return keepBack(
+        tensor,
+        at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous)));
   }
 
   /// Memory to read from and to write to.
@@ -43,7 +47,8 @@ class Buffers {
   /// Brings results from the staging copies to where the caller wants them.
   void copyBack() {
     if (back_.empty()) return;
-    // Below autograd, as every collective that writes into tensors of the caller; and into inference tensors too.
+    // Below autograd, as every collective that writes into tensors of the caller; and into
+    // inference tensors too.
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (const auto& [tensor, copy] : back_) tensor.copy_(copy);
     back_.clear();
@@ -67,7 +72,8 @@ class Buffers {
   }
 
   std::vector<c10::Storage> storages_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> back_;  // the caller's (an alias), the staging copy
+  std::vector<std::pair<at::Tensor, at::Tensor>>
+      back_;  // the caller's (an alias), the staging copy
 };
 
 }  // namespace reducer::torch_backend

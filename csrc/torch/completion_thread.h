@@ -1,4 +1,5 @@
-// A thread for what must not run on a transport's thread: Futures, whose callbacks may be Python's and want the GIL.
+// A thread for what must not run on a transport's thread: Futures, whose callbacks may be Python's
+// and want the GIL.
 #pragma once
 
 #include <functional>
@@ -9,8 +10,8 @@ namespace reducer::torch_backend {
 
 /// Runs tasks one after another, in order. The thread starts with the first task.
 ///
-/// Thread safety: post(), from any thread, also from a task; stop() and the destructor, not with the GIL held, since
-/// a task that is still to run may want it.
+/// Thread safety: post(), from any thread, also from a task; stop() and the destructor, not with
+/// the GIL held, since a task that is still to run may want it.
 class CompletionThread {
  public:
   CompletionThread();

@@ -1,7 +1,6 @@
 // The Python module `reducer._torch`.
-#include <torch/csrc/utils/pybind.h>
-
 #include <pybind11/chrono.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <map>
 #include <optional>
@@ -14,8 +13,9 @@ namespace {
 
 /// Raises the exception of reducer.errors that stands for a Status.
 [[noreturn]] void raise(const Status& status, const std::string& before = "") {
-  const py::object error = py::module_::import("reducer.errors")
-                               .attr("from_code")(static_cast<int>(status.code()), before + status.message());
+  const py::object error =
+      py::module_::import("reducer.errors")
+          .attr("from_code")(static_cast<int>(status.code()), before + status.message());
   PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
   throw py::error_already_set();
 }
@@ -47,12 +47,11 @@ class RuntimeHold {
   std::shared_ptr<runtime::Runtime> runtime_;
 };
 
-c10::intrusive_ptr<ReducerBackend> makeBackend(const RuntimeHold& hold, const py::bytes& job, const std::string& name,
-                                               int rank, int world_size, std::vector<std::string> workers,
-                                               std::vector<std::string> servers, const std::string& algorithm,
-                                               std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
-                                               Milliseconds connect_timeout, Milliseconds timeout,
-                                               std::vector<std::uint64_t> global_ranks) {
+c10::intrusive_ptr<ReducerBackend> makeBackend(
+    const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
+    int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
+    const std::string& algorithm, std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
+    Milliseconds connect_timeout, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -70,7 +69,8 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(const RuntimeHold& hold, const py
   config.settings.connect_timeout = connect_timeout;
   Result<c10::intrusive_ptr<ReducerBackend>> backend = [&] {
     const py::gil_scoped_release without_gil;
-    return ReducerBackend::create(std::move(config), hold.runtime(), timeout, std::move(global_ranks));
+    return ReducerBackend::create(std::move(config), hold.runtime(), timeout,
+                                  std::move(global_ranks));
   }();
   if (!backend.ok()) raise(backend.status());
   return std::move(backend).value();
@@ -89,7 +89,8 @@ std::map<std::string, std::uint64_t> countersOf(ReducerBackend& backend) {
 }  // namespace reducer::torch_backend
 
 PYBIND11_MODULE(_torch, m) {
-  using namespace reducer::torch_backend;  // NOLINT(google-build-using-namespace): the module is its interface
+  using namespace reducer::torch_backend;  // NOLINT(google-build-using-namespace): the module is
+                                           // its interface
   m.doc() = "torch.distributed's view of the collectives. Made for one minor version of torch.";
   py::module_::import("torch.distributed");  // the base class
 
@@ -98,9 +99,10 @@ PYBIND11_MODULE(_torch, m) {
       .def_property_readonly("address", &RuntimeHold::address);
 
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
-      .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"), py::arg("name"),
-           py::arg("rank"), py::arg("world_size"), py::arg("workers"), py::arg("servers"), py::arg("algorithm"),
-           py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
+      .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
+           py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
+           py::arg("servers"), py::arg("algorithm"), py::arg("chunk_bytes"),
+           py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
            py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly("algorithm",

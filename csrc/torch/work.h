@@ -4,13 +4,13 @@
 #include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/distributed/c10d/Work.hpp>
 
 #include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 #include <utility>
 #include <vector>
 
@@ -25,8 +25,8 @@ inline std::exception_ptr asException(const std::string& text) {
       c10::DistBackendError({__func__, __FILE__, static_cast<std::uint32_t>(__LINE__)}, text));
 }
 
-/// Ends when every part has ended: an operation of the group is a part, a coalesced call has several. The first error is
-/// the call's. Thread safety: as c10d::Work, any thread.
+/// Ends when every part has ended: an operation of the group is a part, a coalesced call has
+/// several. The first error is the call's. Thread safety: as c10d::Work, any thread.
 class ReducerWork final : public c10d::Work {
  public:
   struct Info {
@@ -69,9 +69,10 @@ class ReducerWork final : public c10d::Work {
     if (timeout <= kNoTimeout) {
       cv_.wait(lock, ended);  // the operation has a deadline of its own
     } else if (!cv_.wait_for(lock, timeout, ended)) {
-      std::rethrow_exception(asException(info_.who + " " + info_.title + ": wait() gave up after " +
-                                         std::to_string(timeout.count()) +
-                                         " ms; the operation itself goes on until its own timeout"));
+      std::rethrow_exception(
+          asException(info_.who + " " + info_.title + ": wait() gave up after " +
+                      std::to_string(timeout.count()) +
+                      " ms; the operation itself goes on until its own timeout"));
     }
     if (exception_) std::rethrow_exception(exception_);
     return true;
@@ -81,12 +82,13 @@ class ReducerWork final : public c10d::Work {
   int sourceRank() const override { return info_.source; }
   std::uint64_t getSequencenumber() const override { return info_.sequence; }
 
-  /// A Future of List[Tensor], made at the first call. It is completed on the completion thread, or at once if the
-  /// operation has ended already.
+  /// A Future of List[Tensor], made at the first call. It is completed on the completion thread, or
+  /// at once if the operation has ended already.
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
     const std::lock_guard lock(outcome_mutex_);
     if (!future_) {
-      future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+      future_ =
+          c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
       if (ended_) markFuture(*future_, outputs_, failure_);
     }
     return future_;
@@ -124,7 +126,8 @@ class ReducerWork final : public c10d::Work {
       future = future_;
     }
     if (future) {
-      completions_->post([future, outputs = outputs_, failure] { markFuture(*future, outputs, failure); });
+      completions_->post(
+          [future, outputs = outputs_, failure] { markFuture(*future, outputs, failure); });
     }
   }
 

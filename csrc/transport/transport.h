@@ -14,18 +14,20 @@ namespace reducer::transport {
 
 /// One end of an ordered, reliable, bidirectional stream of frames.
 ///
-/// Thread safety: every method, from any thread, also from within a handler. The connection is closed
-/// when the other end closes it, when it fails, or by close(); dropping the last reference closes it too.
+/// Thread safety: every method, from any thread, also from within a handler. The connection is
+/// closed when the other end closes it, when it fails, or by close(); dropping the last reference
+/// closes it too.
 class Connection {
  public:
   virtual ~Connection() = default;
 
-  /// Queues a frame and returns at once. The payload is released when its bytes have left this process'
-  /// memory or the connection is gone. After the close, frames are dropped in silence: onClosed tells.
+  /// Queues a frame and returns at once. The payload is released when its bytes have left this
+  /// process' memory or the connection is gone. After the close, frames are dropped in silence:
+  /// onClosed tells.
   virtual void send(const wire::Frame& frame, Payload payload) = 0;
 
-  /// Sends what is queued if `flush`, then closes. Idempotent. The handler's onClosed follows, from another thread or
-  /// later from this one, never from within this call.
+  /// Sends what is queued if `flush`, then closes. Idempotent. The handler's onClosed follows, from
+  /// another thread or later from this one, never from within this call.
   virtual void close(const Status& reason, bool flush) = 0;
 
   /// The other end's address, for messages.
@@ -42,12 +44,14 @@ class Handler {
   virtual void onClosed(const Status& reason) = 0;
 };
 
-/// Called for every accepted connection; returns the handler for it. The connection may be used at once.
+/// Called for every accepted connection; returns the handler for it. The connection may be used at
+/// once.
 using Acceptor = std::function<std::shared_ptr<Handler>(std::shared_ptr<Connection>)>;
 
 class Listener {
  public:
-  virtual ~Listener() = default;  ///< closes every accepted connection; none of its calls is running afterwards
+  virtual ~Listener() =
+      default;  ///< closes every accepted connection; none of its calls is running afterwards
   virtual std::string address() const = 0;  ///< "host:port" with the real port
 };
 
@@ -63,16 +67,21 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
-  /// Accepts connections at "host:port" (port 0 picks one). kUnavailable with the reason if it cannot.
-  virtual Result<std::unique_ptr<Listener>> listen(const std::string& address, Acceptor acceptor) = 0;
+  /// Accepts connections at "host:port" (port 0 picks one). kUnavailable with the reason if it
+  /// cannot.
+  virtual Result<std::unique_ptr<Listener>> listen(const std::string& address,
+                                                   Acceptor acceptor) = 0;
 
-  /// Starts connecting and returns at once; frames may be sent and are queued. If there is no answer until
-  /// `timeout` (it keeps trying: the other end may start later) onClosed(kUnavailable) names the address.
-  virtual std::shared_ptr<Connection> connect(const std::string& address, std::shared_ptr<Handler> handler,
+  /// Starts connecting and returns at once; frames may be sent and are queued. If there is no
+  /// answer until `timeout` (it keeps trying: the other end may start later) onClosed(kUnavailable)
+  /// names the address.
+  virtual std::shared_ptr<Connection> connect(const std::string& address,
+                                              std::shared_ptr<Handler> handler,
                                               Duration timeout) = 0;
 
   /// Calls `tick` about every `interval`, one call at a time, from a transport thread.
-  virtual std::unique_ptr<Timer> every(Duration interval, std::function<void(TimePoint now)> tick) = 0;
+  virtual std::unique_ptr<Timer> every(Duration interval,
+                                       std::function<void(TimePoint now)> tick) = 0;
 
   /// The clock of this transport: real, or the simulation's.
   virtual TimePoint now() const = 0;

@@ -1,4 +1,5 @@
-// A frame: the unit on the wire. See reducer.proto, which describes the same bytes to other clients.
+// A frame: the unit on the wire. See reducer.proto, which describes the same bytes to other
+// clients.
 #pragma once
 
 #include <array>
@@ -19,9 +20,10 @@ enum class FrameKind : std::uint8_t {
   kWelcome = 2,  ///< reducer -> worker: the answer to kHello
   kPush = 3,     ///< worker -> reducer: my part of a slot; with payload if this rank is a pusher
   kResult = 4,   ///< reducer -> worker: the slot is done; with payload if this rank is a puller
-  kError = 5,    ///< reducer -> worker: the operation (lane, seq) failed, or with `fatal` the connection
-  kCancel = 6,   ///< worker -> reducer: this rank gives up the operation (lane, seq)
-  kBye = 7,      ///< worker -> reducer: this rank leaves the group in good order
+  kError =
+      5,  ///< reducer -> worker: the operation (lane, seq) failed, or with `fatal` the connection
+  kCancel = 6,  ///< worker -> reducer: this rank gives up the operation (lane, seq)
+  kBye = 7,     ///< worker -> reducer: this rank leaves the group in good order
 };
 
 /// Which slot of a group a frame belongs to.
@@ -50,24 +52,24 @@ struct Hello {
   std::string group;  ///< its readable name, for messages
   Rank rank = 0;
   std::int32_t world_size = 0;
-  std::string host;                 ///< "hostname:pid", for messages
-  std::uint64_t window_bytes = 0;   ///< most chunk bytes this worker will have outstanding here
-  std::uint64_t config = 0;         ///< digest of the settings that must be equal on all ranks
-  std::string config_text;          ///< the same settings, readable, for the message if they differ
+  std::string host;                ///< "hostname:pid", for messages
+  std::uint64_t window_bytes = 0;  ///< most chunk bytes this worker will have outstanding here
+  std::uint64_t config = 0;        ///< digest of the settings that must be equal on all ranks
+  std::string config_text;         ///< the same settings, readable, for the message if they differ
   bool operator==(const Hello&) const = default;
 };
 
-/// Everything of a frame but the payload. Fields that a kind does not use stay at their defaults, and
-/// defaults are not on the wire.
+/// Everything of a frame but the payload. Fields that a kind does not use stay at their defaults,
+/// and defaults are not on the wire.
 struct Frame {
   FrameKind kind = FrameKind::kPush;
   std::uint32_t epoch = 0;
   SlotId slot;
   Call call;
-  Rank pusher = kAllRanks;   ///< the one rank that pushes, or kAllRanks
-  Rank puller = kAllRanks;   ///< the one rank that pulls, or kAllRanks
-  std::uint64_t offset = 0;  ///< bytes, within the operation's transfer
-  std::uint64_t length = 0;  ///< bytes of this chunk (payload size where there is a payload)
+  Rank pusher = kAllRanks;       ///< the one rank that pushes, or kAllRanks
+  Rank puller = kAllRanks;       ///< the one rank that pulls, or kAllRanks
+  std::uint64_t offset = 0;      ///< bytes, within the operation's transfer
+  std::uint64_t length = 0;      ///< bytes of this chunk (payload size where there is a payload)
   std::uint32_t timeout_ms = 0;  ///< kPush: how long the slot may wait for other ranks; 0: for ever
   bool has_checksum = false;
   std::uint32_t checksum = 0;  ///< CRC32C of the payload
@@ -78,8 +80,9 @@ struct Frame {
   bool operator==(const Frame&) const = default;
 };
 
-/// The bytes that precede the payload: all fields, then tag and length of `payload_nbytes` bytes (absent
-/// if 0). Followed by the payload itself they are one valid protobuf message reducer.v1.Frame.
+/// The bytes that precede the payload: all fields, then tag and length of `payload_nbytes` bytes
+/// (absent if 0). Followed by the payload itself they are one valid protobuf message
+/// reducer.v1.Frame.
 std::vector<std::byte> encodeHeader(const Frame& frame, std::size_t payload_nbytes);
 
 struct Decoded {
@@ -87,11 +90,11 @@ struct Decoded {
   Payload payload;  ///< refers to the message's own pieces: nothing is copied
 };
 
-/// Reads a whole message. Trusts nothing: truncated or overlong varints, wrong wire types, numbers out
-/// of range, an unknown kind, a payload that is not last or not of the stated size, all give
-/// kInvalidArgument with a text that says what was wrong and at which byte. Unknown fields are refused too
-/// (both ends speak one version; the Hello's version is read first and answered by kVersion if it differs).
-/// Never allocates more than the message's own size suggests.
+/// Reads a whole message. Trusts nothing: truncated or overlong varints, wrong wire types, numbers
+/// out of range, an unknown kind, a payload that is not last or not of the stated size, all give
+/// kInvalidArgument with a text that says what was wrong and at which byte. Unknown fields are
+/// refused too (both ends speak one version; the Hello's version is read first and answered by
+/// kVersion if it differs). Never allocates more than the message's own size suggests.
 Result<Decoded> decode(const Payload& message);
 
 /// CRC32C (Castagnoli) of the payload's bytes, across pieces.

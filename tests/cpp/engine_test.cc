@@ -36,7 +36,9 @@ class EngineTest : public testing::Test {
 
   static Payload floats(const std::vector<float>& values) {
     auto copy = std::make_shared<std::vector<float>>(values);
-    return Payload(Bytes(reinterpret_cast<const std::byte*>(copy->data()), copy->size() * sizeof(float)), copy);
+    return Payload(
+        Bytes(reinterpret_cast<const std::byte*>(copy->data()), copy->size() * sizeof(float)),
+        copy);
   }
 
   static std::vector<float> toFloats(const Payload& payload) {
@@ -67,9 +69,11 @@ class EngineTest : public testing::Test {
 
   void collect(Actions actions) {
     for (Ready& ready : actions.ready) {
-      for (Outgoing& out : settle(std::move(ready), *pool_)) actions.sends.push_back(std::move(out));
+      for (Outgoing& out : settle(std::move(ready), *pool_))
+        actions.sends.push_back(std::move(out));
     }
-    for (Outgoing& out : actions.sends) got_[static_cast<Worker&>(*out.to).rank].push_back(std::move(out));
+    for (Outgoing& out : actions.sends)
+      got_[static_cast<Worker&>(*out.to).rank].push_back(std::move(out));
   }
 
   void advance(Duration duration) {
@@ -152,7 +156,8 @@ TEST_F(EngineTest, BroadcastServesEachPullerAsItComesAndThePusherLast) {
   ASSERT_TRUE(give(2, frame).ok());
   ASSERT_TRUE(give(0, frame, floats({7})).ok());
   EXPECT_TRUE(got_[0].empty()) << "rank 1 still needs it";
-  EXPECT_TRUE(got_[2].empty()) << "the reducer lives in rank 2, which must not end while rank 1 needs it";
+  EXPECT_TRUE(got_[2].empty())
+      << "the reducer lives in rank 2, which must not end while rank 1 needs it";
   ASSERT_TRUE(give(1, frame).ok());
   EXPECT_EQ(toFloats(got_[1][0].payload), std::vector<float>{7});
   EXPECT_EQ(toFloats(got_[2][0].payload), std::vector<float>{7});
@@ -170,8 +175,10 @@ TEST_F(EngineTest, MismatchNamesWhoCalledWhatOnEveryRankAndTheNextCallWorks) {
   for (Rank rank = 0; rank < 3; ++rank) {
     EXPECT_EQ(got_[rank].back().frame.code, Code::kMismatch);
     EXPECT_EQ(errorOf(rank),
-              "ranks made different calls in group 'default', collective #0: rank 0 (host0:100), rank 2 (host2:102) "
-              "called all_reduce(sum, float32, 2 elements); rank 1 (host1:101) called all_reduce(sum, float32, 3 "
+              "ranks made different calls in group 'default', collective #0: rank 0 (host0:100), "
+              "rank 2 (host2:102) "
+              "called all_reduce(sum, float32, 2 elements); rank 1 (host1:101) called "
+              "all_reduce(sum, float32, 3 "
               "elements). All ranks of a group must make the same calls in the same order.");
   }
   for (Rank rank = 0; rank < 3; ++rank) ASSERT_TRUE(give(rank, push(1, 1), floats({1})).ok());
@@ -200,7 +207,8 @@ TEST_F(EngineTest, TimeoutNamesTheMissingRanks) {
   advance(std::chrono::milliseconds(200));
   EXPECT_EQ(got_[1].back().frame.code, Code::kTimeout);
   EXPECT_EQ(errorOf(1),
-            "group 'default', collective #4, all_reduce(sum, float32, 2 elements): waited 5.1 s for rank 0 "
+            "group 'default', collective #4, all_reduce(sum, float32, 2 elements): waited 5.1 s "
+            "for rank 0 "
             "(host0:100), rank 2 (host2:102); here is rank 1 (host1:101)");
   expectEmpty();
 }
@@ -211,8 +219,10 @@ TEST_F(EngineTest, ALostRankFailsWhatWaitsForItAndWhatComesLater) {
   Actions actions;
   engine_.leave(workers_[1], Status(Code::kUnavailable, "connection reset"), actions);
   collect(std::move(actions));
-  EXPECT_EQ(errorOf(0), "group 'default', collective #0, all_reduce(sum, float32, 1 element): rank 1 (host1:101) was "
-                        "lost (connection reset) before it joined in");
+  EXPECT_EQ(
+      errorOf(0),
+      "group 'default', collective #0, all_reduce(sum, float32, 1 element): rank 1 (host1:101) was "
+      "lost (connection reset) before it joined in");
   ASSERT_TRUE(give(0, push(1, 1), floats({1})).ok());
   EXPECT_EQ(got_[0].size(), 2u);
   EXPECT_EQ(got_[0].back().frame.code, Code::kUnavailable);
@@ -303,7 +313,8 @@ TEST_F(EngineTest, RandomArrivalsOfManySlotsLeaveNothingBehind) {
   }
   std::shuffle(events.begin(), events.end(), random);
   for (const auto& [rank, chunk] : events) {
-    ASSERT_TRUE(give(rank, push(0, 1, chunk), floats({static_cast<float>(chunk * 10 + rank)})).ok());
+    ASSERT_TRUE(
+        give(rank, push(0, 1, chunk), floats({static_cast<float>(chunk * 10 + rank)})).ok());
   }
   for (Rank rank = 0; rank < kWorld; ++rank) {
     ASSERT_EQ(got_[rank].size(), 500u);

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -24,7 +24,8 @@ CallOptions within(std::chrono::milliseconds timeout) {
   return options;
 }
 
-ClusterOptions clusterOf(Algorithm algorithm, std::int32_t workers, std::int32_t servers, std::uint64_t seed) {
+ClusterOptions clusterOf(Algorithm algorithm, std::int32_t workers, std::int32_t servers,
+                         std::uint64_t seed) {
   ClusterOptions options;
   options.workers = workers;
   options.servers = servers;
@@ -36,11 +37,13 @@ ClusterOptions clusterOf(Algorithm algorithm, std::int32_t workers, std::int32_t
   return options;
 }
 
-std::vector<std::vector<float>> randomInputs(std::int32_t workers, std::size_t count, std::mt19937& random) {
+std::vector<std::vector<float>> randomInputs(std::int32_t workers, std::size_t count,
+                                             std::mt19937& random) {
   std::vector<std::vector<float>> inputs(workers, std::vector<float>(count));
   std::normal_distribution<float> normal;
   for (auto& input : inputs) {
-    for (float& value : input) value = normal(random) * std::pow(10.0f, static_cast<float>(random() % 7));
+    for (float& value : input)
+      value = normal(random) * std::pow(10.0f, static_cast<float>(random() % 7));
   }
   return inputs;
 }
@@ -60,7 +63,8 @@ void expectOk(const std::vector<Outcome>& outcomes) {
 }
 
 bool sameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
 struct Topology {
@@ -70,8 +74,9 @@ struct Topology {
 };
 
 constexpr Topology kTopologies[] = {
-    {"direct", Algorithm::kDirect, 0}, {"server1", Algorithm::kServer, 1}, {"server3", Algorithm::kServer, 3},
-    {"mixed1", Algorithm::kMixed, 1},  {"mixed3", Algorithm::kMixed, 3},
+    {"direct", Algorithm::kDirect, 0},  {"server1", Algorithm::kServer, 1},
+    {"server3", Algorithm::kServer, 3}, {"mixed1", Algorithm::kMixed, 1},
+    {"mixed3", Algorithm::kMixed, 3},
 };
 
 TEST(Exchange, AllReduceHasTheBitsOfTheRankOrderSumInEveryTopologyOnEverySeed) {
@@ -89,8 +94,9 @@ TEST(Exchange, AllReduceHasTheBitsOfTheRankOrderSumInEveryTopologyOnEverySeed) {
       auto data = inputs;
       std::vector<Outcome> outcomes(workers);
       for (Rank r = 0; r < workers; ++r) {
-        cluster.group(r).allReduce(data[r].data(), data[r].data(), count, DataType::kFloat32, ReduceOp::kSum,
-                                   within(std::chrono::seconds(10)), outcomes[r].callback());
+        cluster.group(r).allReduce(data[r].data(), data[r].data(), count, DataType::kFloat32,
+                                   ReduceOp::kSum, within(std::chrono::seconds(10)),
+                                   outcomes[r].callback());
       }
       ASSERT_TRUE(cluster.finish(outcomes));
       expectOk(outcomes);
@@ -111,12 +117,14 @@ TEST(Exchange, RingSumsEveryElementOnceOnEverySeed) {
     std::vector<std::vector<std::int64_t>> data(workers, std::vector<std::int64_t>(count));
     std::vector<std::int64_t> expected(count);
     for (auto& one : data) {
-      for (std::size_t i = 0; i < count; ++i) expected[i] += one[i] = static_cast<std::int64_t>(random());
+      for (std::size_t i = 0; i < count; ++i)
+        expected[i] += one[i] = static_cast<std::int64_t>(random());
     }
     std::vector<Outcome> outcomes(workers);
     for (Rank r = 0; r < workers; ++r) {
-      cluster.group(r).allReduce(data[r].data(), data[r].data(), count, DataType::kInt64, ReduceOp::kSum,
-                                 within(std::chrono::seconds(10)), outcomes[r].callback());
+      cluster.group(r).allReduce(data[r].data(), data[r].data(), count, DataType::kInt64,
+                                 ReduceOp::kSum, within(std::chrono::seconds(10)),
+                                 outcomes[r].callback());
     }
     ASSERT_TRUE(cluster.finish(outcomes));
     expectOk(outcomes);
@@ -134,7 +142,8 @@ void runEveryCollective(SimCluster& cluster) {
   };
   struct Buffers {
     std::vector<std::int32_t> reduced, broadcast, scattered, received;
-    std::vector<std::vector<std::int32_t>> gathered, all_gathered, to_all_in, to_all_out, to_scatter;
+    std::vector<std::vector<std::int32_t>> gathered, all_gathered, to_all_in, to_all_out,
+        to_scatter;
     std::vector<std::int32_t> own, reduce_scattered;
   };
   std::vector<Buffers> buffers(n);
@@ -182,14 +191,18 @@ void runEveryCollective(SimCluster& cluster) {
     }
     const DataType i32 = DataType::kInt32;
     group.barrier(options, outcome[0].callback());
-    group.reduce(b.own.data(), b.reduced.data(), count, i32, ReduceOp::kSum, root, options, outcome[1].callback());
+    group.reduce(b.own.data(), b.reduced.data(), count, i32, ReduceOp::kSum, root, options,
+                 outcome[1].callback());
     group.broadcast(b.broadcast.data(), count, i32, 0, options, outcome[2].callback());
-    group.allGather(b.own.data(), pointers(b.all_gathered), counts, i32, options, outcome[3].callback());
+    group.allGather(b.own.data(), pointers(b.all_gathered), counts, i32, options,
+                    outcome[3].callback());
     group.reduceScatter(const_ins, b.reduce_scattered.data(), counts, i32, ReduceOp::kMax, options,
                         outcome[4].callback());
-    group.gather(b.own.data(), pointers(b.gathered), counts, i32, root, options, outcome[5].callback());
+    group.gather(b.own.data(), pointers(b.gathered), counts, i32, root, options,
+                 outcome[5].callback());
     group.scatter(const_ins, b.scattered.data(), counts, i32, root, options, outcome[6].callback());
-    group.allToAll(const_a2a, in_counts, pointers(b.to_all_out), out_counts, i32, options, outcome[7].callback());
+    group.allToAll(const_a2a, in_counts, pointers(b.to_all_out), out_counts, i32, options,
+                   outcome[7].callback());
     if (n == 1) {
       outcome[8].done = outcome[9].done = true;
     } else {
@@ -227,7 +240,8 @@ TEST(Exchange, EveryCollectiveInEveryTopologyAllAtOnce) {
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
     for (const Topology& topology : kTopologies) {
       SCOPED_TRACE(std::string(topology.name) + ", seed " + std::to_string(seed));
-      SimCluster cluster(clusterOf(topology.algorithm, static_cast<std::int32_t>(1 + seed % 5), topology.servers, seed));
+      SimCluster cluster(clusterOf(topology.algorithm, static_cast<std::int32_t>(1 + seed % 5),
+                                   topology.servers, seed));
       runEveryCollective(cluster);
     }
   }
@@ -246,15 +260,17 @@ TEST(Exchange, ManyOutstandingAllReducesKeepToTheWindow) {
     for (Rank r = 0; r < 3; ++r) {
       for (std::size_t i = 0; i < kOperations; ++i) {
         data[r].emplace_back(sizes[i], static_cast<std::int32_t>(i + r));
-        cluster.group(r).allReduce(data[r][i].data(), data[r][i].data(), sizes[i], DataType::kInt32, ReduceOp::kSum,
-                                   within(std::chrono::seconds(20)), outcomes[r * kOperations + i].callback());
+        cluster.group(r).allReduce(data[r][i].data(), data[r][i].data(), sizes[i], DataType::kInt32,
+                                   ReduceOp::kSum, within(std::chrono::seconds(20)),
+                                   outcomes[r * kOperations + i].callback());
       }
     }
     ASSERT_TRUE(cluster.finish(outcomes));
     expectOk(outcomes);
     for (Rank r = 0; r < 3; ++r) {
       for (std::size_t i = 0; i < kOperations; ++i) {
-        for (const std::int32_t value : data[r][i]) ASSERT_EQ(value, static_cast<std::int32_t>(3 * i + 3));
+        for (const std::int32_t value : data[r][i])
+          ASSERT_EQ(value, static_cast<std::int32_t>(3 * i + 3));
       }
       const auto counters = cluster.group(r).counters();
       EXPECT_LE(counters.outstanding_bytes_max, counters.window_bytes);
@@ -276,34 +292,41 @@ TEST(Exchange, DifferentCallsFailOnEveryRankWithOneMessageAndTheNextCallWorks) {
         collective::Group& group = cluster.group(r);
         float* x = data[r].data();
         if (r == 1 && seed % 5 == 0) {
-          group.allReduce(x, x, 3, DataType::kFloat32, ReduceOp::kSum, options, outcomes[r].callback());
+          group.allReduce(x, x, 3, DataType::kFloat32, ReduceOp::kSum, options,
+                          outcomes[r].callback());
         } else if (r == 1 && seed % 5 == 1) {
-          group.allReduce(x, x, 40'000, DataType::kInt32, ReduceOp::kSum, options, outcomes[r].callback());
+          group.allReduce(x, x, 40'000, DataType::kInt32, ReduceOp::kSum, options,
+                          outcomes[r].callback());
         } else if (r == 1 && seed % 5 == 2) {
-          group.allReduce(x, x, 40'000, DataType::kFloat32, ReduceOp::kMax, options, outcomes[r].callback());
+          group.allReduce(x, x, 40'000, DataType::kFloat32, ReduceOp::kMax, options,
+                          outcomes[r].callback());
         } else if (r == 1 && seed % 5 == 3) {
           group.broadcast(x, 40'000, DataType::kFloat32, 1, options, outcomes[r].callback());
         } else if (r == 1) {
           const std::vector<void*> outs{x, x + 10, x + 20};
           const std::vector<std::size_t> counts{1, 1, 1};
-          group.allGather(x + 30, outs, counts, DataType::kFloat32, options, outcomes[r].callback());
+          group.allGather(x + 30, outs, counts, DataType::kFloat32, options,
+                          outcomes[r].callback());
         } else {
-          group.allReduce(x, x, 40'000, DataType::kFloat32, ReduceOp::kSum, options, outcomes[r].callback());
+          group.allReduce(x, x, 40'000, DataType::kFloat32, ReduceOp::kSum, options,
+                          outcomes[r].callback());
         }
       }
       ASSERT_TRUE(cluster.finish(outcomes, std::chrono::seconds(3))) << "the error must come soon";
       for (Rank r = 0; r < 3; ++r) {
         EXPECT_EQ(outcomes[r].status.code(), Code::kMismatch) << outcomes[r].status.message();
         EXPECT_EQ(outcomes[r].status.message(), outcomes[0].status.message());
-        EXPECT_NE(outcomes[r].status.message().find("rank 0 (worker0:1), rank 2 (worker2:1) called all_reduce(sum"),
+        EXPECT_NE(outcomes[r].status.message().find(
+                      "rank 0 (worker0:1), rank 2 (worker2:1) called all_reduce(sum"),
                   std::string::npos)
             << outcomes[r].status.message();
-        EXPECT_TRUE(std::all_of(data[r].begin(), data[r].end(), [](float v) { return v == 1.0f; })) << "inputs are lost";
+        EXPECT_TRUE(std::all_of(data[r].begin(), data[r].end(), [](float v) { return v == 1.0f; }))
+            << "inputs are lost";
       }
       std::vector<Outcome> next(3);
       for (Rank r = 0; r < 3; ++r) {
-        cluster.group(r).allReduce(data[r].data(), data[r].data(), 40'000, DataType::kFloat32, ReduceOp::kSum, options,
-                                   next[r].callback());
+        cluster.group(r).allReduce(data[r].data(), data[r].data(), 40'000, DataType::kFloat32,
+                                   ReduceOp::kSum, options, next[r].callback());
       }
       ASSERT_TRUE(cluster.finish(next));
       expectOk(next);
@@ -339,7 +362,8 @@ TEST(Exchange, ARankThatNeverComesIsNamedWhenTheTimeoutPasses) {
     ASSERT_TRUE(cluster.finish(late));
     EXPECT_EQ(late[0].status.code(), Code::kTimeout);
     std::vector<Outcome> next(3);
-    for (Rank r = 0; r < 3; ++r) cluster.group(r).barrier(within(std::chrono::seconds(5)), next[r].callback());
+    for (Rank r = 0; r < 3; ++r)
+      cluster.group(r).barrier(within(std::chrono::seconds(5)), next[r].callback());
     ASSERT_TRUE(cluster.finish(next));
     expectOk(next);
     cluster.expectNothingHeld();
@@ -358,8 +382,9 @@ TEST(Exchange, AWorkerThatDiesInTheMiddleFailsTheOthersSoonAndByName) {
       // Until all have met: before that a dead rank is one that has not started yet.
       cluster.network().runUntil([] { return false; }, std::chrono::milliseconds(100));
       for (Rank r = 0; r < 4; ++r) {
-        cluster.group(r).allReduce(data[r].data(), data[r].data(), 30'000, DataType::kFloat32, ReduceOp::kSum,
-                                   within(std::chrono::minutes(30)), outcomes[r].callback());
+        cluster.group(r).allReduce(data[r].data(), data[r].data(), 30'000, DataType::kFloat32,
+                                   ReduceOp::kSum, within(std::chrono::minutes(30)),
+                                   outcomes[r].callback());
       }
       for (std::uint64_t i = 0; i < 10 + seed * 3; ++i) cluster.network().step();
       cluster.network().kill("worker2");
@@ -368,22 +393,24 @@ TEST(Exchange, AWorkerThatDiesInTheMiddleFailsTheOthersSoonAndByName) {
         cluster.group(r).barrier(within(std::chrono::minutes(30)), second[r].callback());
       }
       const auto all_done = [&] {
-        return std::all_of(second.begin(), second.end(), [&](const Outcome& o) { return o.done || &o == &second[2]; }) &&
+        return std::all_of(second.begin(), second.end(),
+                           [&](const Outcome& o) { return o.done || &o == &second[2]; }) &&
                std::all_of(outcomes.begin(), outcomes.end(),
                            [&](const Outcome& o) { return o.done || &o == &outcomes[2]; });
       };
       const bool ended = cluster.network().runUntil(all_done, std::chrono::seconds(5));
       for (const Rank r : {0, 1, 3}) {
-        EXPECT_TRUE(ended) << "a hang is the worst bug; rank " << r << ": " << outcomes[r].done << " '"
-                           << outcomes[r].status.message() << "', " << second[r].done << " '"
-                           << second[r].status.message() << "'";
+        EXPECT_TRUE(ended) << "a hang is the worst bug; rank " << r << ": " << outcomes[r].done
+                           << " '" << outcomes[r].status.message() << "', " << second[r].done
+                           << " '" << second[r].status.message() << "'";
       }
       for (const Rank r : {0, 1, 3}) {
         if (outcomes[r].status.ok()) {
           EXPECT_EQ(data[r], std::vector<float>(30'000, 4.0f)) << "a finished result is whole";
         }
         EXPECT_FALSE(second[r].status.ok());
-        EXPECT_NE(second[r].status.message().find("rank 2"), std::string::npos) << second[r].status.message();
+        EXPECT_NE(second[r].status.message().find("rank 2"), std::string::npos)
+            << second[r].status.message();
       }
     }
   }
@@ -402,7 +429,8 @@ TEST(Exchange, AReducerWithoutMemoryRefusesAndSaysWhatToDo) {
   ASSERT_TRUE(cluster.finish(outcomes));
   for (const Outcome& outcome : outcomes) {
     EXPECT_EQ(outcome.status.code(), Code::kResourceExhausted);
-    EXPECT_NE(outcome.status.message().find("raise --memory-limit"), std::string::npos) << outcome.status.message();
+    EXPECT_NE(outcome.status.message().find("raise --memory-limit"), std::string::npos)
+        << outcome.status.message();
   }
 }
 
@@ -453,12 +481,12 @@ TEST(Exchange, AWorkerMayEndAsSoonAsItsLastCallIsDone) {
     data[0].assign(30'000, 5.0f);
     std::vector<Outcome> outcomes(3);
     for (Rank r = 0; r < 2; ++r) {
-      cluster.group(r).broadcast(data[r].data(), 30'000, DataType::kFloat32, 0, within(std::chrono::seconds(20)),
-                                 outcomes[r].callback());
+      cluster.group(r).broadcast(data[r].data(), 30'000, DataType::kFloat32, 0,
+                                 within(std::chrono::seconds(20)), outcomes[r].callback());
     }
     cluster.network().runUntil([] { return false; }, std::chrono::seconds(1));
-    cluster.group(2).broadcast(data[2].data(), 30'000, DataType::kFloat32, 0, within(std::chrono::seconds(20)),
-                               outcomes[2].callback());
+    cluster.group(2).broadcast(data[2].data(), 30'000, DataType::kFloat32, 0,
+                               within(std::chrono::seconds(20)), outcomes[2].callback());
     // Whoever is done leaves at once.
     std::vector<bool> left(3);
     ASSERT_TRUE(cluster.network().runUntil(
@@ -493,8 +521,9 @@ TEST(ExchangeThreads, CollectivesFromSeveralThreadsOverSeveralThreads) {
         std::condition_variable condition;
         std::size_t done = 0;
         for (auto& one : data) {
-          cluster.group(r).allReduce(one.data(), one.data(), one.size(), DataType::kInt32, ReduceOp::kSum,
-                                     within(std::chrono::seconds(60)), [&](const Status& status) {
+          cluster.group(r).allReduce(one.data(), one.data(), one.size(), DataType::kInt32,
+                                     ReduceOp::kSum, within(std::chrono::seconds(60)),
+                                     [&](const Status& status) {
                                        EXPECT_TRUE(status.ok()) << status.message();
                                        const std::lock_guard lock(mutex);
                                        ++done;
@@ -502,7 +531,8 @@ TEST(ExchangeThreads, CollectivesFromSeveralThreadsOverSeveralThreads) {
                                      });
         }
         std::unique_lock lock(mutex);
-        ASSERT_TRUE(condition.wait_for(lock, std::chrono::seconds(60), [&] { return done == data.size(); }));
+        ASSERT_TRUE(condition.wait_for(lock, std::chrono::seconds(60),
+                                       [&] { return done == data.size(); }));
         for (const auto& one : data) ASSERT_EQ(one, std::vector<std::int32_t>(6000, 3 + 3 * round));
       }
     });

@@ -21,8 +21,10 @@ TEST(Addresses, LoopbackPeersAreReachedOverLoopback) {
 TEST(Addresses, AnUnknownInterfaceIsAnsweredWithThoseThatExist) {
   const auto host = chooseBindHost("nosuch0", "127.0.0.1");
   ASSERT_FALSE(host.ok());
-  EXPECT_NE(host.status().message().find("'nosuch0'"), std::string::npos) << host.status().message();
-  EXPECT_NE(host.status().message().find("lo (127.0.0.1)"), std::string::npos) << host.status().message();
+  EXPECT_NE(host.status().message().find("'nosuch0'"), std::string::npos)
+      << host.status().message();
+  EXPECT_NE(host.status().message().find("lo (127.0.0.1)"), std::string::npos)
+      << host.status().message();
 }
 
 TEST(Addresses, ServersAreResolvedAndTwinsRefused) {
@@ -34,7 +36,8 @@ TEST(Addresses, ServersAreResolvedAndTwinsRefused) {
   EXPECT_NE(twins.status().message().find("twice"), std::string::npos);
   const auto unknown = resolveServers({"no-such-host.invalid:7000"});
   ASSERT_FALSE(unknown.ok());
-  EXPECT_NE(unknown.status().message().find("'no-such-host.invalid:7000' cannot be resolved"), std::string::npos)
+  EXPECT_NE(unknown.status().message().find("'no-such-host.invalid:7000' cannot be resolved"),
+            std::string::npos)
       << unknown.status().message();
 }
 
@@ -68,7 +71,8 @@ TEST(Runtime, AGroupOfOneWorksOverItsOwnReducer) {
   config.job = "0123456789abcdef";
   config.workers = {runtime->address()};
   config.host = hostLabel();
-  const auto group = collective::Group::create(config, runtime->transport(), runtime->server()).value();
+  const auto group =
+      collective::Group::create(config, runtime->transport(), runtime->server()).value();
   std::vector<float> data(100'000, 2.0f);
   std::mutex mutex;
   std::condition_variable condition;

@@ -30,21 +30,24 @@ TEST(ParseServers, TakesNamesAddressesAndBrackets) {
 
 TEST(ParseServers, NamesTheItemThatIsWrong) {
   const std::pair<const char*, const char*> cases[] = {
-      {"a", "'a' has no port"},       {"a:0", "'a:0' has the port '0'"}, {"a:70000", "70000"},
-      {"a:x", "port 'x'"},            {":7", "no host"},                 {"a:1,", "item 2 is empty"},
-      {",a:1", "item 1 is empty"},    {"a:1,a:1", "twice"},              {"::1:7", "brackets"},
-      {"http://a:7", "a character"},  {"[::1]", "no port"},              {"a b:7", "a character"},
-      {"a:7;b:7", "a character"}, {"a:7:b:7", "not host:port"}};
+      {"a", "'a' has no port"},    {"a:0", "'a:0' has the port '0'"},
+      {"a:70000", "70000"},        {"a:x", "port 'x'"},
+      {":7", "no host"},           {"a:1,", "item 2 is empty"},
+      {",a:1", "item 1 is empty"}, {"a:1,a:1", "twice"},
+      {"::1:7", "brackets"},       {"http://a:7", "a character"},
+      {"[::1]", "no port"},        {"a b:7", "a character"},
+      {"a:7;b:7", "a character"},  {"a:7:b:7", "not host:port"}};
   for (const auto& [text, expected] : cases) {
     const auto servers = parseServers(text);
     ASSERT_FALSE(servers.ok()) << text;
-    EXPECT_NE(servers.status().message().find(expected), std::string::npos) << servers.status().message();
+    EXPECT_NE(servers.status().message().find(expected), std::string::npos)
+        << servers.status().message();
   }
 }
 
 TEST(ParseAlgorithm, RoundTripsAndListsWhatThereIs) {
-  for (const Algorithm a : {Algorithm::kAuto, Algorithm::kDirect, Algorithm::kServer, Algorithm::kMixed,
-                            Algorithm::kRing}) {
+  for (const Algorithm a : {Algorithm::kAuto, Algorithm::kDirect, Algorithm::kServer,
+                            Algorithm::kMixed, Algorithm::kRing}) {
     EXPECT_EQ(parseAlgorithm(nameOf(a)).value(), a);
   }
   const auto wrong = parseAlgorithm("tree");

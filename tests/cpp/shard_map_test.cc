@@ -18,8 +18,9 @@ class EveryMap : public testing::TestWithParam<Case> {};
 TEST_P(EveryMap, PlansCoverEveryByteOnceInWholeElements) {
   for (const std::size_t chunk : {std::size_t{0}, std::size_t{4096}, std::size_t{1} << 20}) {
     const ShardMap map(GetParam().algorithm, GetParam().n, GetParam().k, chunk, 0);
-    for (const std::uint64_t nbytes : {0ull, 1ull, 4ull, 63ull, 4096ull, 8191ull, 16384ull, 100'000ull, 1'000'003ull,
-                                       (64ull << 20) + 12, (3ull << 30) + 8}) {
+    for (const std::uint64_t nbytes :
+         {0ull, 1ull, 4ull, 63ull, 4096ull, 8191ull, 16384ull, 100'000ull, 1'000'003ull,
+          (64ull << 20) + 12, (3ull << 30) + 8}) {
       for (const std::uint64_t seq : {0ull, 1ull, 5ull}) {
         const Plan plan = map.plan(nbytes, seq);
         std::uint64_t at = 0;
@@ -54,10 +55,12 @@ TEST_P(EveryMap, WindowsHoldTwoChunks) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, EveryMap,
-    testing::Values(Case{Algorithm::kDirect, 1, 0}, Case{Algorithm::kDirect, 3, 0}, Case{Algorithm::kDirect, 8, 2},
-                    Case{Algorithm::kServer, 4, 1}, Case{Algorithm::kServer, 2, 3}, Case{Algorithm::kMixed, 8, 4},
-                    Case{Algorithm::kMixed, 8, 8}, Case{Algorithm::kMixed, 3, 1}, Case{Algorithm::kMixed, 1, 2},
-                    Case{Algorithm::kMixed, 2, 5}, Case{Algorithm::kRing, 5, 0}));
+    testing::Values(Case{Algorithm::kDirect, 1, 0}, Case{Algorithm::kDirect, 3, 0},
+                    Case{Algorithm::kDirect, 8, 2}, Case{Algorithm::kServer, 4, 1},
+                    Case{Algorithm::kServer, 2, 3}, Case{Algorithm::kMixed, 8, 4},
+                    Case{Algorithm::kMixed, 8, 8}, Case{Algorithm::kMixed, 3, 1},
+                    Case{Algorithm::kMixed, 1, 2}, Case{Algorithm::kMixed, 2, 5},
+                    Case{Algorithm::kRing, 5, 0}));
 
 TEST(ShardMap, MixedSharesAreThoseOfTheFormula) {
   // n = 8, k = 4: D = n^2 + kn - 2k = 88; a standalone reducer owns 2(n-1)/D, a worker's (n-k)/D.
@@ -73,7 +76,8 @@ TEST(ShardMap, MixedSharesAreThoseOfTheFormula) {
   ASSERT_EQ(owned.size(), 12u);
   for (const auto& [owner, bytes] : owned) {
     const double expected = static_cast<double>(nbytes) * (owner < 8 ? 4 : 14) / 88;
-    EXPECT_NEAR(static_cast<double>(bytes), expected, 64.0 * static_cast<double>(plan.rounds)) << owner;
+    EXPECT_NEAR(static_cast<double>(bytes), expected, 64.0 * static_cast<double>(plan.rounds))
+        << owner;
   }
 }
 

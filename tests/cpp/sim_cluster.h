@@ -113,7 +113,8 @@ class SimCluster {
         limit);
   }
 
-  /// Virtual time: lets everything that is still under way arrive; then no reducer may hold anything.
+  /// Virtual time: lets everything that is still under way arrive; then no reducer may hold
+  /// anything.
   void expectNothingHeld() {
     network_.runUntil([] { return false; }, std::chrono::seconds(2));
     for (const auto* servers : {&locals_, &reducers_}) {

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-
 import ranks as harness
 
 

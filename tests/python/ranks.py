@@ -1,6 +1,7 @@
 """Real worker processes for tests: they start, join a group, run what a test sends them, and always end.
 
-Every wait has a deadline. A rank that is still at work when its time is over writes the stacks of all its threads into its log, and
+Every wait has a deadline. A rank that is still at work when its time is over writes the stacks of all its threads
+into its log, and
 the failure shows every rank's log.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -218,7 +219,7 @@ class Ranks:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = ", ".join(str(rank) for rank in pending.values())
-                self._fail(f"no answer from rank {silent} within {timeout_s} s")
+                self._fail(f"no answer from rank {silent} within {timeout_s} s", answers)
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = pending[pipe]
@@ -226,13 +227,15 @@ class Ranks:
                     answers[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
                     self._processes[rank].join(_END_S)
-                    self._fail(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
+                    self._fail(f"rank {rank} died with exit code {self._processes[rank].exitcode}", answers)
         return [answers[rank] for rank in ranks]
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str, answers: Mapping[int, Outcome] | None = None) -> NoReturn:
+        # A rank that raised is often why the others wait.
+        traces = "".join(f"--- rank {rank}\n{a.trace}" for rank, a in (answers or {}).items() if a.kind)
         logs = self.logs()
         self.kill()
-        raise RankFailure(f"{text}\n{logs}")
+        raise RankFailure(f"{text}\n{traces}{logs}")
 
     def kill_rank(self, rank: int) -> None:
         """As if its host had lost power."""

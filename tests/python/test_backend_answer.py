@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks import Ranks
 
 import reducer
-from ranks import Ranks
 
 N = 4
 CHUNKS = ["4KiB", "64KiB", "1MiB", "4MiB"]

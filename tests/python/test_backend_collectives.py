@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from ranks import Ranks
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

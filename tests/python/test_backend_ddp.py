@@ -1,17 +1,16 @@
 """DistributedDataParallel through standalone reducers gives every rank the weights of a single-process run."""
 
-from __future__ import annotations
+# No postponed annotations here: DistributedDataParallel looks at those of a communication hook.
 
 import hashlib
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-
-from ranks import Ranks
 
 SAMPLES, FEATURES, BATCH, EPOCHS = 192, 16, 8, 2
 

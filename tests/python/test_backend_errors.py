@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks, init_group, standalone_reducers
 
 import reducer
-from ranks import Ranks, init_group, standalone_reducers
 
 Op = dist.ReduceOp
 N = 3
@@ -304,7 +304,7 @@ def check_arguments() -> None:
         with pytest.raises(TypeError, match=r"all_reduce: tensor has the dtype .*, which is not supported"):
             pg.allreduce([torch.empty(3, dtype=dtype)], options)
     quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match=r"broadcast: tensor has the dtype .*, which is not supported"):
+    with pytest.raises((TypeError, NotImplementedError), match="(?i)quantized"):  # torch itself says it
         dist.broadcast(quantized, 0)
     for op in (Op.BAND, Op.BOR, Op.BXOR):
         with pytest.raises(TypeError, match=r"the operation 'b\w+' has no meaning on the dtype float32"):
@@ -316,7 +316,7 @@ def check_arguments() -> None:
         dist.all_reduce(torch.ones(3), dist._make_nccl_premul_sum(2.0))
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         dist.all_reduce(torch.ones(1).expand(4))
-    with pytest.raises((TypeError, RuntimeError), match="(?i)sparse"):
+    with pytest.raises((TypeError, NotImplementedError), match="(?i)sparse"):
         dist.broadcast(torch.eye(3).to_sparse(), 0)
 
     broadcast = dist.BroadcastOptions()

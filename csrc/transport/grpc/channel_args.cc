@@ -13,9 +13,11 @@ constexpr int kMiB = 1 << 20;
 constexpr std::pair<const char*, int> kCommon[] = {
     {GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, static_cast<int>(kMaxMessageBytes)},
     {GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, static_cast<int>(kMaxMessageBytes)},
-    // A chunk in one HTTP/2 frame instead of one for every 16 KiB: less headers, less slices, less parsing.
+    // A chunk in one HTTP/2 frame instead of one for every 16 KiB: less headers, less slices, less
+    // parsing.
     {GRPC_ARG_HTTP2_MAX_FRAME_SIZE, 4 * kMiB},
-    // The window of links bounds what is outstanding; HTTP/2's own window must not be a smaller one.
+    // The window of links bounds what is outstanding; HTTP/2's own window must not be a smaller
+    // one.
     {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8 * kMiB},
     // With that window there is nothing to probe for, and a probe is a ping for every few reads.
     {GRPC_ARG_HTTP2_BDP_PROBE, 0},

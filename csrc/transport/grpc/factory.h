@@ -1,4 +1,5 @@
-// The transport between hosts: gRPC's asynchronous C++ API, raw slices, no protobuf copy of a payload.
+// The transport between hosts: gRPC's asynchronous C++ API, raw slices, no protobuf copy of a
+// payload.
 #pragma once
 
 #include <functional>
@@ -14,7 +15,8 @@ namespace reducer::transport {
 
 struct GrpcOptions {
   int threads = 1;  ///< completion queues, one thread each
-  /// Called on each listener's builder before it starts, to add services (a standalone reducer's control plane).
+  /// Called on each listener's builder before it starts, to add services (a standalone reducer's
+  /// control plane).
   std::function<void(grpc::ServerBuilder&)> configure_server;
 };
 

@@ -41,7 +41,8 @@ Payload toPayload(const grpc::ByteBuffer& message) {
   std::vector<Bytes> pieces;
   pieces.reserve(slices->size());
   for (const grpc::Slice& slice : *slices) {
-    if (slice.size() > 0) pieces.emplace_back(reinterpret_cast<const std::byte*>(slice.begin()), slice.size());
+    if (slice.size() > 0)
+      pieces.emplace_back(reinterpret_cast<const std::byte*>(slice.begin()), slice.size());
   }
   return {std::move(pieces), std::move(slices)};
 }

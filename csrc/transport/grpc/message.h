@@ -8,7 +8,8 @@
 
 namespace reducer::transport {
 
-/// The header as one slice, then the payload's own memory, which the message keeps alive by its owner.
+/// The header as one slice, then the payload's own memory, which the message keeps alive by its
+/// owner.
 grpc::ByteBuffer toMessage(const wire::Frame& frame, const Payload& payload);
 
 /// The message's slices as a Payload that owns them.

@@ -220,7 +220,8 @@ void ClientStream::start(std::shared_ptr<grpc::Channel> channel, grpc::Completio
   const std::lock_guard lock(mutex_);
   call_ = stub_->PrepareCall(context_.get(), kMethod, queue);
   begin(Operation::kDone);  // the alarm's
-  deadline_.Set(queue, std::chrono::system_clock::now() + timeout, static_cast<Tag*>(&deadline_tag_));
+  deadline_.Set(queue, std::chrono::system_clock::now() + timeout,
+                static_cast<Tag*>(&deadline_tag_));
   call_->StartCall(begin(Operation::kStart));
 }
 
@@ -240,7 +241,9 @@ void ClientStream::onStarted(bool ok) {
   Stream::onStarted(ok);
 }
 
-void ClientStream::startFlushed(const Status& /*reason*/) { call_->WritesDone(begin(Operation::kHalfClose)); }
+void ClientStream::startFlushed(const Status& /*reason*/) {
+  call_->WritesDone(begin(Operation::kHalfClose));
+}
 
 void ClientStream::startFinish(const Status& /*reason*/) {
   call_->Finish(&status_, begin(Operation::kFinish));
@@ -259,18 +262,21 @@ Status ClientStream::endReason() {
     char seconds[32];
     std::snprintf(seconds, sizeof seconds, "%g s", std::chrono::duration<double>(timeout_).count());
     const bool refused = channel_->GetState(false) == GRPC_CHANNEL_TRANSIENT_FAILURE;
-    return {Code::kUnavailable, address_ + " did not answer within " + seconds + " (" +
-                                    (refused ? "connections are refused or the host cannot be reached"
-                                             : "the host does not react") +
-                                    "); is a reducer running there?"};
+    return {Code::kUnavailable,
+            address_ + " did not answer within " + seconds + " (" +
+                (refused ? "connections are refused or the host cannot be reached"
+                         : "the host does not react") +
+                "); is a reducer running there?"};
   }
   if (status_.error_code() == grpc::StatusCode::UNIMPLEMENTED) {
-    return {Code::kUnavailable, address_ + " is a gRPC server, but no reducer: " + status_.error_message()};
+    return {Code::kUnavailable,
+            address_ + " is a gRPC server, but no reducer: " + status_.error_message()};
   }
   if (status_.error_code() == grpc::StatusCode::UNAVAILABLE ||
       status_.error_code() == grpc::StatusCode::UNKNOWN ||
       status_.error_code() == grpc::StatusCode::CANCELLED) {
-    return {Code::kUnavailable, "the connection to " + address_ + " was lost (" + status_.error_message() + ")"};
+    return {Code::kUnavailable,
+            "the connection to " + address_ + " was lost (" + status_.error_message() + ")"};
   }
   return fromGrpc(status_);
 }
@@ -296,7 +302,8 @@ void ServerStream::startFlushed(const Status& reason) {
   call_.Finish(toGrpc(reason), begin(Operation::kFinish));
 }
 
-// The client sends no more (or is gone, then the write fails): what is queued still goes out before the end.
+// The client sends no more (or is gone, then the write fails): what is queued still goes out before
+// the end.
 void ServerStream::onReadEnd() {
   flush_requested_ = true;
   writeNext();

@@ -24,12 +24,12 @@ class Tag {
   virtual void proceed(bool ok) = 0;
 };
 
-/// Both ends have the same life: start, read and write at once, finish. One read and one write are outstanding at a time (gRPC allows
-/// no more); what waits to be written is queued here.
+/// Both ends have the same life: start, read and write at once, finish. One read and one write are
+/// outstanding at a time (gRPC allows no more); what waits to be written is queued here.
 ///
-/// Lifetime: while any operation is outstanding the stream holds itself. The user holds a Connection (below), whose end
-/// closes the stream.
-/// Thread safety: every public method, from any thread.
+/// Lifetime: while any operation is outstanding the stream holds itself. The user holds a
+/// Connection (below), whose end closes the stream. Thread safety: every public method, from any
+/// thread.
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
   /// `gone` is called when nothing is outstanding any more, as the very last thing.
@@ -55,7 +55,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   virtual void startWrite(const grpc::ByteBuffer& buffer, void* tag) = 0;
   /// After a flush: the client says that it sends no more, the server ends the call with `reason`.
   virtual void startFlushed(const Status& reason) = 0;
-  /// Nothing more can be read: the client asks for the call's status, the server ends the call if it has not.
+  /// Nothing more can be read: the client asks for the call's status, the server ends the call if
+  /// it has not.
   virtual void startFinish(const Status& reason) = 0;
   virtual void cancel() = 0;
   /// Why the stream ended, once it is finished.
@@ -70,7 +71,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   void onHalfClosed();
   /// Nothing more will be read. Called with the lock held.
   virtual void onReadEnd() = 0;
-  /// The stream has ended: gRPC's objects go, and with them what they still hold of cancelled writes. Called with the lock held.
+  /// The stream has ended: gRPC's objects go, and with them what they still hold of cancelled
+  /// writes. Called with the lock held.
   virtual void release() {}
   /// Called with the lock held.
   void writeNext();
@@ -107,7 +109,8 @@ class ClientStream final : public Stream {
       : Stream(std::move(gone)), address_(std::move(address)) {}
 
   /// Connects; gives up after `timeout`.
-  void start(std::shared_ptr<grpc::Channel> channel, grpc::CompletionQueue* queue, Duration timeout);
+  void start(std::shared_ptr<grpc::Channel> channel, grpc::CompletionQueue* queue,
+             Duration timeout);
   std::string peer() const override { return address_; }
 
  private:
@@ -146,7 +149,8 @@ using DataService = v1::Data::WithRawMethod_Exchange<v1::Data::Service>;
 /// The end that was connected to.
 class ServerStream final : public Stream {
  public:
-  explicit ServerStream(std::function<void(Stream*)> gone) : Stream(std::move(gone)), call_(&context_) {}
+  explicit ServerStream(std::function<void(Stream*)> gone)
+      : Stream(std::move(gone)), call_(&context_) {}
 
   grpc::ServerContext& context() { return context_; }
   grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>& call() { return call_; }

@@ -25,8 +25,8 @@
 namespace reducer::transport {
 namespace {
 
-/// Why nobody can listen at an address; gRPC itself does not tell. Ok if one can (or could: another process may
-/// be faster).
+/// Why nobody can listen at an address; gRPC itself does not tell. Ok if one can (or could: another
+/// process may be faster).
 Status checkListen(const std::string& address) {
   const auto refuse = [&](const std::string& why) {
     return Status(Code::kUnavailable, "cannot listen on " + address + ": " + why);
@@ -34,7 +34,8 @@ Status checkListen(const std::string& address) {
   const auto parsed = parseAddress(address);
   if (!parsed) return refuse("this is not host:port with a port from 0 to 65535");
   std::string host = parsed->host;
-  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']')
+    host = host.substr(1, host.size() - 2);
   addrinfo hints{};
   hints.ai_family = AF_UNSPEC;
   hints.ai_socktype = SOCK_STREAM;
@@ -49,8 +50,9 @@ Status checkListen(const std::string& address) {
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   Status status;
   if (bind(fd, found->ai_addr, found->ai_addrlen) != 0 || ::listen(fd, 1) != 0) {
-    status = refuse(errno == EADDRINUSE ? "the port is in use by another process; choose another one, or 0 for any"
-                                        : std::strerror(errno));
+    status = refuse(errno == EADDRINUSE
+                        ? "the port is in use by another process; choose another one, or 0 for any"
+                        : std::strerror(errno));
   }
   ::close(fd);
   return status;
@@ -188,7 +190,10 @@ class Accept final : public Tag {
  public:
   Accept(DataService& service, grpc::ServerCompletionQueue* queue, Acceptor acceptor,
          std::shared_ptr<StreamSet> streams)
-      : service_(service), queue_(queue), acceptor_(std::move(acceptor)), streams_(std::move(streams)) {
+      : service_(service),
+        queue_(queue),
+        acceptor_(std::move(acceptor)),
+        streams_(std::move(streams)) {
     wait();
   }
 
@@ -206,10 +211,12 @@ class Accept final : public Tag {
 
  private:
   void wait() {
-    stream_ = std::make_shared<ServerStream>([streams = streams_](Stream* gone) { streams->remove(gone); });
+    stream_ = std::make_shared<ServerStream>(
+        [streams = streams_](Stream* gone) { streams->remove(gone); });
     streams_->add(stream_.get());
     stream_->context().AsyncNotifyWhenDone(stream_->prepare());
-    service_.RequestExchange(&stream_->context(), &stream_->call(), queue_, queue_, static_cast<Tag*>(this));
+    service_.RequestExchange(&stream_->context(), &stream_->call(), queue_, queue_,
+                             static_cast<Tag*>(this));
   }
 
   DataService& service_;
@@ -221,7 +228,8 @@ class Accept final : public Tag {
 
 class GrpcListener final : public Listener {
  public:
-  GrpcListener(std::unique_ptr<DataService> service, std::unique_ptr<grpc::Server> server, std::string address)
+  GrpcListener(std::unique_ptr<DataService> service, std::unique_ptr<grpc::Server> server,
+               std::string address)
       : service_(std::move(service)), server_(std::move(server)), address_(std::move(address)) {}
 
   void accept(const std::vector<grpc::ServerCompletionQueue*>& queues, const Acceptor& acceptor) {
@@ -247,7 +255,8 @@ class GrpcTransport final : public Transport {
  public:
   explicit GrpcTransport(GrpcOptions options) : options_(std::move(options)) {
     if (options_.threads < 1) options_.threads = 1;
-    // Debian builds abseil with its search for deadlocks on: a graph update for every lock that gRPC takes.
+    // Debian builds abseil with its search for deadlocks on: a graph update for every lock that
+    // gRPC takes.
     absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
     // What gRPC logs of its own comes to the user as a Status from here.
     if (std::getenv("GRPC_VERBOSITY") == nullptr) {
@@ -281,15 +290,16 @@ class GrpcTransport final : public Transport {
         while (queue->Next(&tag, &ok)) {
         }
       }
-      return Status(Code::kUnavailable, "cannot listen on " + address +
-                                            ": another process took the port just now");
+      return Status(Code::kUnavailable,
+                    "cannot listen on " + address + ": another process took the port just now");
     }
     const std::size_t colon = address.rfind(':');
-    auto listener = std::make_unique<GrpcListener>(std::move(service), std::move(server),
-                                                   address.substr(0, colon + 1) + std::to_string(port));
+    auto listener = std::make_unique<GrpcListener>(
+        std::move(service), std::move(server), address.substr(0, colon + 1) + std::to_string(port));
     std::vector<grpc::ServerCompletionQueue*> raw;
     {
-      // From now on these threads do everything, connections to others included: one set of pollers.
+      // From now on these threads do everything, connections to others included: one set of
+      // pollers.
       const std::lock_guard lock(mutex_);
       serving_.clear();
       for (auto& queue : queues) {
@@ -306,7 +316,8 @@ class GrpcTransport final : public Transport {
                                       Duration timeout) override {
     grpc::ChannelArguments arguments;
     configure(arguments);
-    auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+    auto channel =
+        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
     const auto stream = std::make_shared<ClientStream>(
         address, [streams = streams_](Stream* gone) { streams->remove(gone); });
     streams_->add(stream.get());

@@ -1,4 +1,5 @@
-// A network inside one process: every fault and every delay comes from a seed, so a failure can be replayed.
+// A network inside one process: every fault and every delay comes from a seed, so a failure can be
+// replayed.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,16 @@ namespace reducer::transport {
 
 struct SimOptions {
   std::uint64_t seed = 1;
-  /// 0: nothing moves but in SimNetwork::step(), on the caller's thread, in virtual time (deterministic).
-  /// n > 0: n threads deliver at once, in real time (for ThreadSanitizer and the conformance suite).
+  /// 0: nothing moves but in SimNetwork::step(), on the caller's thread, in virtual time
+  /// (deterministic). n > 0: n threads deliver at once, in real time (for ThreadSanitizer and the
+  /// conformance suite).
   int threads = 0;
-  Duration latency_min = std::chrono::microseconds(10);  ///< each frame's delay is drawn between the two;
-  Duration latency_max = std::chrono::microseconds(200); ///< order is kept within a connection's direction only
-  /// Payloads arrive cut into random pieces of 1 to this many bytes at random alignments (0: one piece).
+  Duration latency_min =
+      std::chrono::microseconds(10);  ///< each frame's delay is drawn between the two;
+  Duration latency_max =
+      std::chrono::microseconds(200);  ///< order is kept within a connection's direction only
+  /// Payloads arrive cut into random pieces of 1 to this many bytes at random alignments (0: one
+  /// piece).
   std::size_t piece_bytes_max = 0;
 };
 
@@ -39,18 +44,19 @@ class SimNetwork {
   bool runUntil(const std::function<bool()>& done, Duration limit);
   TimePoint now() const;
 
-  /// kill -9: connections of this host end at the other side with kUnavailable (after a latency), nothing is
-  /// delivered to it any more, its timers stop, connects to it go unanswered. (Destroying its transport
-  /// calls onClosed of what it left open and runs what was posted, so that a test can clean up.) Its name may be
-  /// used again.
+  /// kill -9: connections of this host end at the other side with kUnavailable (after a latency),
+  /// nothing is delivered to it any more, its timers stop, connects to it go unanswered.
+  /// (Destroying its transport calls onClosed of what it left open and runs what was posted, so
+  /// that a test can clean up.) Its name may be used again.
   void kill(const std::string& name);
   /// SIGSTOP / cable out: what is sent to or from it is held (nothing lost) until resume().
   void pause(const std::string& name);
   void resume(const std::string& name);
 
-  /// Sends raw bytes instead of a frame on a new connection to `address` as a broken client would; `reply`
-  /// gets each frame that comes back, and `closed` the end.
-  void sendGarbage(const std::string& address, Payload bytes, std::function<void(const wire::Frame&)> reply,
+  /// Sends raw bytes instead of a frame on a new connection to `address` as a broken client would;
+  /// `reply` gets each frame that comes back, and `closed` the end.
+  void sendGarbage(const std::string& address, Payload bytes,
+                   std::function<void(const wire::Frame&)> reply,
                    std::function<void(const Status&)> closed);
 
  private:

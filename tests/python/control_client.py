@@ -1,0 +1,128 @@
+"""A client of a reducer that shares no code with it: Python's grpcio, and messages from what reflection tells."""
+
+from __future__ import annotations
+
+import queue
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool, message_factory
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+WAIT_S = 30.0
+HELLO, WELCOME, PUSH, RESULT, ERROR, CANCEL, BYE = range(1, 8)
+PROTOCOL_VERSION = 1
+WINDOW_BYTES = 1 << 20
+
+
+class Client:
+    """A connection to one reducer. Use as a context."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+        grpc.channel_ready_future(self.channel).result(WAIT_S)
+        self._known = ProtoReflectionDescriptorDatabase(self.channel)
+        self._pool = descriptor_pool.DescriptorPool(self._known)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.channel.close()
+
+    def services(self) -> list[str]:
+        return list(self._known.get_services())
+
+    def message(self, name: str) -> Any:
+        """The class of a message, made from the file that the reducer describes."""
+        return message_factory.GetMessageClass(self._pool.FindMessageTypeByName(name))
+
+    def call(self, method: str) -> Any:
+        """Calls "reducer.v1.Control/NAME" with an empty request, by its described types; the reply."""
+        described = self._pool.FindServiceByName("reducer.v1.Control").methods_by_name[method]
+        request = message_factory.GetMessageClass(described.input_type)()
+        reply = message_factory.GetMessageClass(described.output_type)
+        invoke = self.channel.unary_unary(
+            f"/reducer.v1.Control/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        return invoke(request, timeout=WAIT_S)
+
+    def stats(self) -> Any:
+        return self.call("Stats")
+
+    def exchange(self) -> Exchange:
+        return Exchange(self)
+
+
+class Exchange:
+    """One stream of reducer.v1.Data/Exchange. Frames go as bytes, so that any bytes can go."""
+
+    def __init__(self, client: Client) -> None:
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.frame = client.message("reducer.v1.Frame")
+        self._call = client.channel.stream_stream("/reducer.v1.Data/Exchange")(self._requests(), timeout=WAIT_S)
+
+    def _requests(self) -> Iterator[bytes]:
+        while (request := self._outgoing.get()) is not None:
+            yield request
+
+    def send_bytes(self, message: bytes) -> None:
+        self._outgoing.put(message)
+
+    def send(self, **frame: Any) -> None:
+        self.send_bytes(self.frame(**frame).SerializeToString())
+
+    def receive(self) -> Any:
+        """The next frame; StopIteration or grpc.RpcError if the stream has ended."""
+        return self.frame.FromString(next(self._call))
+
+    def ended(self) -> bool:
+        """Waits for the end of the stream; whether it came without another frame."""
+        try:
+            next(self._call)
+        except (StopIteration, grpc.RpcError):
+            return True
+        return False
+
+    def close(self) -> None:
+        """Leaves in good order."""
+        self.send(kind=BYE)
+        self._outgoing.put(None)
+        assert self.ended()
+
+    def cut(self) -> None:
+        """Leaves as a killed process does."""
+        self._call.cancel()
+        self._outgoing.put(None)
+
+    def hello(self, *, job: bytes = b"0123456789abcdef", rank: int = 0, world_size: int = 1, **more: Any) -> None:
+        hello = {
+            "version": PROTOCOL_VERSION,
+            "job": job,
+            "group": "default",
+            "rank": rank,
+            "world_size": world_size,
+            "host": f"test-host:{rank}",
+            "window_bytes": WINDOW_BYTES,
+        }
+        self.send(kind=HELLO, hello=hello | more)
+
+    def join(self, **hello: Any) -> None:
+        """Says hello and is welcome."""
+        self.hello(**hello)
+        welcome = self.receive()
+        assert welcome.kind == WELCOME, welcome.text
+
+    def push(self, values: list[float], *, seq: int = 0, **more: Any) -> None:
+        """One chunk of an all_reduce(sum) of float32."""
+        payload = struct.pack(f"<{len(values)}f", *values)
+        frame = {"kind": PUSH, "seq": seq, "collective": 1, "op": 1, "dtype": 1, "count": len(values)}
+        self.send(**(frame | {"length": len(payload), "timeout_ms": 10_000, "payload": payload} | more))
+
+
+def floats(payload: bytes) -> list[float]:
+    return list(struct.unpack(f"<{len(payload) // 4}f", payload))

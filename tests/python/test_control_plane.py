@@ -1,0 +1,267 @@
+"""A standalone reducer as another program sees it: health, reflection, counters, raw streams, signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import grpc
+import pytest
+from control_client import BYE, ERROR, PROTOCOL_VERSION, RESULT, WAIT_S, WINDOW_BYTES, Client, Exchange, floats
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from servers import Server, serving, started
+
+INVALID_ARGUMENT, MISMATCH, UNAVAILABLE, RESOURCE_EXHAUSTED, VERSION = 1, 2, 4, 5, 7
+OTHER_JOB = b"fedcba9876543210"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving("--threads", "2", "--memory-limit", "64MiB") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.address) as connected:
+        yield connected
+
+
+@pytest.fixture
+def open_stream(client: Client) -> Iterator[Callable[[], Exchange]]:
+    """Opens streams, which are cut when the test ends."""
+    with ExitStack() as stack:
+
+        def opened() -> Exchange:
+            stream = client.exchange()
+            stack.callback(stream.cut)
+            return stream
+
+        yield opened
+
+
+def assert_works(stream: Exchange, seq: int) -> None:
+    """A group of one rank gets its own values back."""
+    stream.push([1.5, -2.0, 3.25], seq=seq)
+    result = stream.receive()
+    assert (result.kind, result.seq) == (RESULT, seq)
+    assert floats(result.payload) == [1.5, -2.0, 3.25]
+
+
+def test_health(client: Client) -> None:
+    health = health_pb2_grpc.HealthStub(client.channel)
+    for service in ("", "reducer.v1.Data"):
+        reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as unknown:
+        health.Check(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=WAIT_S)
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_describes_the_services(client: Client) -> None:
+    assert {"reducer.v1.Data", "reducer.v1.Control", "grpc.health.v1.Health"} <= set(client.services())
+    frame = client.message("reducer.v1.Frame").DESCRIPTOR.fields_by_name
+    assert frame["payload"].number == max(field.number for field in frame.values())
+
+
+def test_stats_of_an_idle_reducer(client: Client) -> None:
+    stats = client.stats()
+    assert stats.protocol_version == PROTOCOL_VERSION
+    assert stats.memory_limit_bytes == 64 << 20
+    assert stats.uptime_s > 0
+    assert not stats.draining
+    assert (stats.connections, stats.reserved_bytes, stats.held_bytes, len(stats.groups)) == (0, 0, 0, 0)
+
+
+def test_stats_count_what_happens(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    first, second = open_stream(), open_stream()
+    first.join(rank=0, world_size=2)
+    second.join(rank=1, world_size=2)
+    first.push([1.0, 2.0])
+    second.push([10.0, 20.0])
+    assert [floats(stream.receive().payload) for stream in (first, second)] == [[11.0, 22.0]] * 2
+    stats = client.stats()
+    assert (stats.connections, stats.slots_done, stats.slots_failed, stats.slots_open) == (2, 1, 0, 0)
+    assert (stats.pushed_bytes, stats.result_bytes) == (16, 16)
+    (group,) = stats.groups
+    assert group.job == b"0123456789abcdef".hex()
+    assert (group.group, group.world_size, group.connected) == ("default", 2, 2)
+    # A push of every rank, or its result.
+    assert group.reserved_bytes == stats.reserved_bytes == 2 * 2 * WINDOW_BYTES
+
+
+def test_jobs_do_not_see_each_other(open_stream: Callable[[], Exchange]) -> None:
+    streams = {(job, rank): open_stream() for job in (b"0" * 16, OTHER_JOB) for rank in range(2)}
+    for (job, rank), stream in streams.items():
+        stream.join(job=job, rank=rank, world_size=2)
+    for (job, rank), stream in streams.items():
+        stream.push([float(rank + 1) if job == OTHER_JOB else 100.0 * (rank + 1)])
+    for (job, _), stream in streams.items():
+        assert floats(stream.receive().payload) == [3.0 if job == OTHER_JOB else 300.0]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["first", "after-hello"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\xff" * 11, b"GET / HTTP/1.1\r\n\r\n", b"\x08\x03\xfa\x01\xff\xff\xff\xff\x0f", b"\x08\x63", bytes(70_000)],
+    ids=["empty", "varint", "text", "overlong-payload", "unknown-kind", "zeros"],
+)
+def test_garbage_ends_its_own_stream_only(open_stream: Callable[[], Exchange], garbage: bytes, joined: bool) -> None:
+    other, bad = open_stream(), open_stream()
+    other.join(job=OTHER_JOB)
+    assert_works(other, seq=0)
+    if joined:
+        bad.join()
+    bad.send_bytes(garbage)
+    reply = bad.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INVALID_ARGUMENT)
+    assert reply.text
+    assert bad.ended()
+    assert_works(other, seq=1)
+
+
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 1])
+def test_another_protocol_version_is_refused(open_stream: Callable[[], Exchange], version: int) -> None:
+    stream = open_stream()
+    stream.hello(version=version)
+    reply = stream.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, VERSION)
+    assert f"version {PROTOCOL_VERSION}" in reply.text
+    assert str(version) in reply.text
+    assert stream.ended()
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [{"rank": 2, "world_size": 2}, {"world_size": 0}, {"world_size": 1 << 20}],
+    ids=["rank", "no-world", "huge-world"],
+)
+def test_an_impossible_hello_is_refused(open_stream: Callable[[], Exchange], hello: dict[str, object]) -> None:
+    stream = open_stream()
+    stream.hello(**hello)
+    reply = stream.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INVALID_ARGUMENT)
+    assert stream.ended()
+
+
+def test_a_push_before_hello_is_refused(open_stream: Callable[[], Exchange]) -> None:
+    stream = open_stream()
+    stream.push([1.0])
+    reply = stream.receive()
+    assert (reply.kind, reply.fatal) == (ERROR, True)
+    assert stream.ended()
+
+
+def test_a_push_beyond_the_window_is_refused(open_stream: Callable[[], Exchange]) -> None:
+    stream = open_stream()
+    stream.join(world_size=2, window_bytes=8)
+    stream.push([1.0, 2.0, 3.0])
+    reply = stream.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, RESOURCE_EXHAUSTED)
+    assert "window" in reply.text
+
+
+def test_different_calls_are_named_to_every_rank(open_stream: Callable[[], Exchange]) -> None:
+    streams = [open_stream() for _ in range(2)]
+    for rank, stream in enumerate(streams):
+        stream.join(rank=rank, world_size=2)
+    streams[0].push([1.0, 2.0])
+    streams[1].push([1.0, 2.0], op=3)
+    replies = [stream.receive() for stream in streams]
+    assert [(reply.kind, reply.code, reply.fatal) for reply in replies] == [(ERROR, MISMATCH, False)] * 2
+    assert replies[0].text == replies[1].text
+    for word in ("rank 0", "rank 1", "sum", "min"):
+        assert word in replies[0].text
+    # The group goes on.
+    for stream in streams:
+        stream.push([4.0], seq=1)
+    assert [floats(stream.receive().payload) for stream in streams] == [[8.0], [8.0]]
+
+
+def test_memory_limit_refuses_a_group_that_does_not_fit() -> None:
+    with serving("--memory-limit", "3MiB") as server, Client(server.address) as client:
+        fits, too_much = client.exchange(), client.exchange()
+        fits.join(world_size=1)
+        too_much.hello(job=OTHER_JOB, world_size=1, host="greedy-host:1")
+        reply = too_much.receive()
+        assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, RESOURCE_EXHAUSTED)
+        assert "--memory-limit" in reply.text
+        assert too_much.ended()
+        stats = client.stats()
+        assert stats.reserved_bytes == 2 * WINDOW_BYTES
+        assert stats.refused == 1
+        # What a group had is free when it has left.
+        fits.close()
+        later = client.exchange()
+        later.join(job=OTHER_JOB)
+        assert_works(later, seq=0)
+        later.close()
+
+
+def test_sigterm_drains(server: Server, client: Client, open_stream: Callable[[], Exchange]) -> None:
+    at_work, newcomer = open_stream(), open_stream()
+    at_work.join()
+    health = health_pb2_grpc.HealthStub(client.channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    server.terminate()
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+    assert "1 connection" in server.read_until("draining")
+    newcomer.hello(job=OTHER_JOB)
+    reply = newcomer.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, UNAVAILABLE)
+    assert client.stats().draining
+    # Who was there goes on, and then leaves.
+    assert_works(at_work, seq=0)
+    assert_works(at_work, seq=1)
+    at_work.send(kind=BYE)
+    at_work.cut()
+    assert server.wait() == 0
+    assert server.output.splitlines()[-1] == "reducer stopped"
+
+
+def test_sigterm_of_an_idle_reducer_ends_it(server: Server) -> None:
+    server.terminate()
+    assert server.wait() == 0
+
+
+def test_the_grace_of_a_drain_ends() -> None:
+    with serving("--grace", "0") as server, Client(server.address) as client:
+        stream = client.exchange()
+        stream.join()
+        server.terminate()
+        assert server.wait() == 0
+        assert "still connected" in server.output
+        stream.cut()
+
+
+def test_drain_by_call(server: Server, client: Client, open_stream: Callable[[], Exchange]) -> None:
+    stream = open_stream()
+    stream.join()
+    assert client.call("Drain").connections == 1
+    assert_works(stream, seq=0)
+    stream.send(kind=BYE)
+    stream.cut()
+    assert server.wait() == 0
+
+
+def test_a_port_in_use_is_named(server: Server) -> None:
+    with started(listen=server.address) as second:
+        assert second.wait() == 1
+        assert server.address in second.output
+        assert "in use" in second.output.lower()
+    with Client(server.address) as client:
+        assert not client.stats().draining
+
+
+def test_a_killed_worker_is_named_to_the_others(open_stream: Callable[[], Exchange]) -> None:
+    streams = [open_stream() for _ in range(2)]
+    for rank, stream in enumerate(streams):
+        stream.join(rank=rank, world_size=2)
+    streams[0].push([1.0])
+    streams[1].cut()
+    reply = streams[0].receive()
+    assert (reply.kind, reply.code) == (ERROR, UNAVAILABLE)
+    assert "rank 1" in reply.text
+    assert "test-host:1" in reply.text
