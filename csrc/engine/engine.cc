@@ -203,7 +203,6 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
   slot->head = frame;
   slot->contributions.resize(frame.pusher == kAllRanks ? group.members.size() : 1);
   slot->arrived.assign(group.members.size(), 0);
-  slot->pushes = 0;
   slot->mismatch = false;
   slot->since = now;
   slot->deadline = TimePoint::max();
@@ -306,55 +305,48 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   if (isPusher(slot.head, rank)) {
     counters_.held_bytes += payload.nbytes();
     slot.contributions[slot.head.pusher == kAllRanks ? rank : 0] = std::move(payload);
-    ++slot.pushes;
   }
-  const wire::SlotId id = slot.head.slot;
-  if (slot.pushes < slot.contributions.size()) {
-    failIfHopeless(group, slot, actions);
-    return;
-  }
-
-  if (slot.head.pusher == kAllRanks) {
-    Ready ready;
-    ready.call = slot.head.call;
-    ready.nbytes = slot.head.length;
-    ready.checksum = slot.head.has_checksum;
-    ready.replies.reserve(slot.arrivals.size());
-    for (const Arrival& arrival : slot.arrivals) answer(slot, arrival, ready.replies, false);
-    for (const Payload& held : slot.contributions) counters_.held_bytes -= held.nbytes();
-    ready.contributions = std::move(slot.contributions);
-    slot.contributions.clear();
-    actions.ready.push_back(std::move(ready));
-    ++counters_.slots_done;
-    const auto node = group.slots.find(id);
-    drop(std::move(node->second));
-    group.slots.erase(node);
-    return;
-  }
-
-  // One pusher: its bytes go to each puller as it comes. The pusher is answered when all have them.
+  // Nobody is answered before all are there: as long as one rank may still show another call, no
+  // result may leave, or some ranks would have it and others an error.
   std::size_t participants = 0;
-  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r)
-    participants += takesPart(slot, r);
-  const bool complete = slot.arrivals.size() == participants;
-  for (Arrival& arrival : slot.arrivals) {
-    if (!arrival.peer) continue;
-    if (!complete && (arrival.rank == slot.head.pusher || arrival.peer->in_process)) continue;
-    answer(slot, arrival, actions.sends, isPuller(slot.head, arrival.rank));
-    arrival.peer.reset();
+  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) {
+    participants += takesPart(slot, r) ? 1 : 0;
   }
-  if (!complete) {
+  if (slot.arrivals.size() < participants) {
     failIfHopeless(group, slot, actions);
     return;
   }
-  ++counters_.slots_done;
-  const auto node = group.slots.find(id);
+  finish(slot, actions);
+  const auto node = group.slots.find(slot.head.slot);
   drop(std::move(node->second));
   group.slots.erase(node);
 }
 
-void Engine::answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies,
-                    bool with_result) {
+void Engine::finish(Slot& slot, Actions& actions) {
+  ++counters_.slots_done;
+  Ready ready;
+  ready.replies.reserve(slot.arrivals.size());
+  // The worker that this reducer lives in comes last: when its operation is done it may end, and
+  // the others' answers must have been handed on by then.
+  for (const bool in_process : {false, true}) {
+    for (const Arrival& arrival : slot.arrivals) {
+      if (arrival.peer->in_process == in_process) answer(slot, arrival, ready.replies);
+    }
+  }
+  if (slot.head.pusher != kAllRanks) {
+    for (Outgoing& reply : ready.replies) actions.sends.push_back(std::move(reply));
+    return;
+  }
+  ready.call = slot.head.call;
+  ready.nbytes = slot.head.length;
+  ready.checksum = slot.head.has_checksum;
+  for (const Payload& held : slot.contributions) counters_.held_bytes -= held.nbytes();
+  ready.contributions = std::move(slot.contributions);
+  slot.contributions.clear();
+  actions.ready.push_back(std::move(ready));
+}
+
+void Engine::answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies) {
   Outgoing out;
   out.to = arrival.peer;
   out.frame.kind = wire::FrameKind::kResult;
@@ -363,7 +355,8 @@ void Engine::answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoi
   out.frame.length = slot.head.length;
   if (slot.head.pusher == kAllRanks) {
     out.wants_result = isPuller(slot.head, arrival.rank);
-  } else if (with_result) {
+  } else if (slot.head.puller == arrival.rank ||
+             (slot.head.puller == kAllRanks && arrival.rank != slot.head.pusher)) {
     out.payload = slot.contributions[0];
     if (slot.head.has_checksum) {
       out.frame.has_checksum = true;
@@ -388,7 +381,6 @@ void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::s
     }
     Slot& slot = *it->second;
     for (const Arrival& arrival : slot.arrivals) {
-      if (!arrival.peer) continue;
       wire::Frame reply;
       reply.kind = wire::FrameKind::kError;
       reply.slot = it->first;

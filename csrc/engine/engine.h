@@ -117,7 +117,7 @@ class Engine {
   };
   struct Arrival {
     Rank rank;
-    PeerRef peer;  // null once answered
+    PeerRef peer;
     wire::Call call;
     std::uint64_t length;  // what it counts against its window
   };
@@ -126,7 +126,6 @@ class Engine {
     std::vector<Payload> contributions;  // by rank, or one if there is one pusher
     std::vector<Arrival> arrivals;       // in order of arrival
     std::vector<char> arrived;           // by rank
-    std::size_t pushes = 0;
     bool mismatch = false;
     TimePoint since;
     TimePoint deadline;
@@ -168,8 +167,8 @@ class Engine {
   void drop(std::unique_ptr<Slot> slot);
   void arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
               Payload payload, Actions& actions);
-  static void answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies,
-                     bool with_result);
+  void finish(Slot& slot, Actions& actions);
+  static void answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies);
   void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
             Actions& actions);
   bool failIfHopeless(Group& group, Slot& slot, Actions& actions);

@@ -96,7 +96,8 @@ void combine(DataType dtype, ReduceOp op, std::span<Reader> readers, std::byte* 
       }
     }
     for (std::size_t i = 0; i < readers.size(); ++i) {
-      sources[i] = readers[i].take(run, scratch.get() + i * kBlockBytes);
+      std::uint8_t* spare = scratch ? scratch.get() + i * kBlockBytes : nullptr;
+      sources[i] = readers[i].take(run, spare);
     }
     std::byte* to = out + done;
     reduceContiguous(dtype, op, raw(to), sources.data(), sources.size(), run / element);

@@ -16,10 +16,11 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 using Sources = const std::uint8_t* const*;
 
-// ---------------------------------------------------------------- how elements are loaded and
-// stored The loops work in units of two vectors of lanes. An element type says how many bytes one
-// element has in memory, and how a unit is loaded and stored; which lane an element goes to does
-// not matter, as long as it comes back. Memory is loaded as bytes: pieces of the network have any
+// ---------------------------------------------------------------- loading and storing elements
+//
+// The loops work in units of two vectors of lanes. An element type says how many bytes one element
+// has in memory, and how a unit is loaded and stored; which lane an element goes to does not
+// matter, as long as it comes back. Memory is loaded as bytes: what the network delivers has any
 // alignment.
 
 template <class D>
@@ -251,8 +252,7 @@ struct BitXor {
 
 // ---------------------------------------------------------------- the loop
 
-/// What is done to an accumulator before it is stored: the division (divisor != 0) and one NaN for
-/// all.
+/// What an accumulator becomes before it is stored: divided (divisor != 0), and a NaN the one NaN.
 template <class D>
 hn::Vec<D> settled(D d, hn::Vec<D> v, std::size_t divisor) {
   using T = hn::TFromD<D>;

@@ -145,23 +145,43 @@ TEST_F(EngineTest, ReduceGivesItsResultToTheRootOnly) {
   EXPECT_EQ(got_[2][0].payload.nbytes(), 0u);
 }
 
-TEST_F(EngineTest, BroadcastServesEachPullerAsItComesAndThePusherLast) {
+TEST_F(EngineTest, BroadcastIsAnsweredWhenAllAreThereItsOwnWorkerLast) {
   makeGroup(3);
-  workers_[2]->in_process = true;
+  workers_[0]->in_process = true;
   wire::Frame frame = push(0, 1);
   frame.call.collective = Collective::kBroadcast;
   frame.call.op = ReduceOp::kNone;
   frame.call.root = 0;
   frame.pusher = 0;
-  ASSERT_TRUE(give(2, frame).ok());
   ASSERT_TRUE(give(0, frame, floats({7})).ok());
-  EXPECT_TRUE(got_[0].empty()) << "rank 1 still needs it";
-  EXPECT_TRUE(got_[2].empty())
-      << "the reducer lives in rank 2, which must not end while rank 1 needs it";
-  ASSERT_TRUE(give(1, frame).ok());
+  ASSERT_TRUE(give(2, frame).ok());
+  EXPECT_TRUE(got_[2].empty()) << "rank 1 may still show another call";
+  Actions actions;
+  ASSERT_TRUE(engine_.onPush(workers_[1], frame, {}, now_, actions).ok());
+  ASSERT_EQ(actions.sends.size(), 3u);
+  EXPECT_EQ(actions.sends[2].to, workers_[0]) << "it may end once it has its answer";
+  collect(std::move(actions));
   EXPECT_EQ(toFloats(got_[1][0].payload), std::vector<float>{7});
   EXPECT_EQ(toFloats(got_[2][0].payload), std::vector<float>{7});
-  ASSERT_EQ(got_[0].size(), 1u);
+  EXPECT_EQ(got_[0][0].payload.nbytes(), 0u);
+  expectEmpty();
+}
+
+TEST_F(EngineTest, BroadcastsWithDifferentRootsFailOnEveryRank) {
+  makeGroup(3);
+  wire::Frame frame = push(0, 1);
+  frame.call.collective = Collective::kBroadcast;
+  frame.call.op = ReduceOp::kNone;
+  frame.call.root = 0;
+  frame.pusher = 0;
+  ASSERT_TRUE(give(0, frame, floats({7})).ok());
+  ASSERT_TRUE(give(1, frame).ok());
+  frame.call.root = frame.pusher = 1;
+  ASSERT_TRUE(give(2, frame).ok());
+  for (Rank rank = 0; rank < 3; ++rank) {
+    ASSERT_EQ(got_[rank].size(), 1u);
+    EXPECT_EQ(got_[rank][0].frame.code, Code::kMismatch);
+  }
   expectEmpty();
 }
 

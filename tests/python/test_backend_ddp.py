@@ -1,7 +1,6 @@
 """DistributedDataParallel through standalone reducers gives every rank the weights of a single-process run."""
 
 # No postponed annotations here: DistributedDataParallel looks at those of a communication hook.
-
 import hashlib
 from collections.abc import Callable
 
