@@ -17,10 +17,10 @@ constexpr std::uint64_t kAlign = 64;
 constexpr std::uint64_t kSpreadBytes = 8192;
 
 // What a worker has in flight at one owner if nothing is set: many owners share its NIC and need
-// little each, few must cover the stalls of a host that does everything on two cores.
+// less each, few must cover the stalls of a host that does everything on two cores.
 // docs/performance.md has the measurements.
 constexpr std::size_t kWindowSquare = std::size_t{16} << 20;
-constexpr std::size_t kSmallestWindow = 256 << 10;
+constexpr std::size_t kSmallestWindow = 1 << 20;
 constexpr std::size_t kLargestWindow = 4 << 20;
 
 // Chunks in flight per owner: on its way up, being summed, on its way down, for each side's jitter.

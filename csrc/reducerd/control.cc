@@ -15,12 +15,18 @@ namespace {
 
 class ControlService final : public v1::Control::Service {
  public:
-  void attach(server::ReducerServer& server) { server_ = &server; }
+  /// Null: there is none. A call that is at work is waited for.
+  void attach(server::ReducerServer* server) {
+    const std::lock_guard lock(mutex_);
+    server_ = server;
+  }
 
   grpc::Status Stats(grpc::ServerContext*, const v1::StatsRequest*,
                      v1::StatsReply* reply) override {
+    const std::lock_guard lock(mutex_);
     server::ReducerServer* server = server_;
-    if (server == nullptr) return {grpc::StatusCode::UNAVAILABLE, "the reducer is still starting"};
+    if (server == nullptr)
+      return {grpc::StatusCode::UNAVAILABLE, "the reducer is starting or ending"};
     const server::ServerStats stats = server->stats();
     reply->set_memory_limit_bytes(stats.memory_limit_bytes);
     reply->set_reserved_bytes(stats.reserved_bytes);
@@ -49,15 +55,18 @@ class ControlService final : public v1::Control::Service {
 
   grpc::Status Drain(grpc::ServerContext*, const v1::DrainRequest*,
                      v1::DrainReply* reply) override {
+    const std::lock_guard lock(mutex_);
     server::ReducerServer* server = server_;
-    if (server == nullptr) return {grpc::StatusCode::UNAVAILABLE, "the reducer is still starting"};
+    if (server == nullptr)
+      return {grpc::StatusCode::UNAVAILABLE, "the reducer is starting or ending"};
     server->drain();
     reply->set_connections(server->stats().connections);
     return grpc::Status::OK;
   }
 
  private:
-  std::atomic<server::ReducerServer*> server_{nullptr};
+  std::mutex mutex_;
+  server::ReducerServer* server_ = nullptr;
 };
 
 // grpc.health.v1. Written here and not taken from gRPC, whose own service runs on the callback API
@@ -140,8 +149,13 @@ void Control::configure(grpc::ServerBuilder& builder) {
 }
 
 void Control::attach(server::ReducerServer& server) {
-  services_->control.attach(server);
+  services_->control.attach(&server);
   services_->health.set(true);
+}
+
+void Control::detach() {
+  services_->health.set(false);
+  services_->control.attach(nullptr);
 }
 
 void Control::setServing(bool serving) { services_->health.set(serving); }

@@ -13,8 +13,8 @@ class ServerBuilder;
 
 namespace reducer::reducerd {
 
-/// Made before the server that it tells about, because gRPC takes its services when the data plane
-/// starts to listen. Thread safe after attach().
+/// Made before the server that it tells about, because gRPC takes its services when the transport
+/// is made. Thread safe.
 class Control {
  public:
   Control();
@@ -26,6 +26,8 @@ class Control {
   void configure(grpc::ServerBuilder& builder);
   /// From now on the services answer.
   void attach(server::ReducerServer& server);
+  /// To be called before the server is destroyed: the services outlive it.
+  void detach();
   /// Health becomes NOT_SERVING.
   void setServing(bool serving);
 

@@ -72,6 +72,7 @@ int serve(const Options& options) {
   }
   const bool clean = server.idle();
   server.finish(std::chrono::seconds(1));
+  control.detach();
   std::printf("reducer stopped%s\n", clean ? "" : " with workers still connected");
   std::fflush(stdout);
   return 0;

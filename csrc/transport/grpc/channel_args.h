@@ -1,11 +1,15 @@
-// The settings of gRPC's channels and servers, each with its reason.
+// Settings of gRPC that matter here, each with its reason.
 #pragma once
 
-#include <grpcpp/grpcpp.h>
+#include <grpcpp/server_builder.h>
+#include <grpcpp/support/channel_arguments.h>
 
-namespace reducer::transport {
+namespace reducer::transport::grpc_detail {
 
-void configure(grpc::ChannelArguments& arguments);
-void configure(grpc::ServerBuilder& builder);
+grpc::ChannelArguments clientArguments();
+void setServerArguments(grpc::ServerBuilder& builder);
 
-}  // namespace reducer::transport
+/// Settings of the whole process: what gRPC logs, how its locks behave.
+void prepareProcess();
+
+}  // namespace reducer::transport::grpc_detail

@@ -4,22 +4,44 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "transport/transport.h"
 
 namespace grpc {
 class ServerBuilder;
-}
+class ServerCompletionQueue;
+}  // namespace grpc
 
 namespace reducer::transport {
 
 struct GrpcOptions {
-  int threads = 1;  ///< completion queues, one thread each
-  /// Called on each listener's builder before it starts, to add services (a standalone reducer's
-  /// control plane).
+  int threads = 1;  ///< threads that move frames and run handlers
+  /// Called once, on the builder of the server that all listeners share, before it starts: adds
+  /// services (a standalone reducer's control plane). Only services without threads of their own
+  /// belong here: those of gRPC's synchronous and callback kinds poll the same sockets and take
+  /// events from the transport's threads.
   std::function<void(grpc::ServerBuilder&)> configure_server;
+  /// Called once the server has started, with the queue that the transport's threads serve:
+  /// asynchronous services make their first request here. A tag on this queue must point to a
+  /// GrpcTag.
+  std::function<void(grpc::ServerCompletionQueue&)> serve;
+  /// The kernel's congestion control for every connection, by name ("reno", "bbr"); empty: the
+  /// system's. A name that the kernel does not have makes listen() and connects fail with a message
+  /// that lists those it has.
+  std::string congestion_control;
 };
 
+/// What a completion queue hands back. Lives at least until complete() was called.
+class GrpcTag {
+ public:
+  virtual ~GrpcTag() = default;
+  /// From a transport thread; `ok` as gRPC defines it for the operation.
+  virtual void complete(bool ok) = 0;
+};
+
+/// Needs POSIX sockets. In a child that is forked from this process the transport does nothing and
+/// must not be used; its destructor there leaves everything alone.
 std::unique_ptr<Transport> makeGrpcTransport(const GrpcOptions& options);
 
 }  // namespace reducer::transport

@@ -1,50 +1,53 @@
 #include "transport/grpc/message.h"
 
-#include <grpcpp/support/slice.h>
-
+#include <memory>
 #include <vector>
 
-namespace reducer::transport {
+namespace reducer::transport::grpc_detail {
 namespace {
 
-// Up to this size a copy behind the header costs less than one more slice on both sides.
-constexpr std::size_t kInlineBytes = 512;
+using Owner = std::shared_ptr<const void>;
 
-grpc::Slice borrow(Bytes piece, const std::shared_ptr<const void>& owner) {
-  auto* hold = new std::shared_ptr<const void>(owner);
-  return grpc::Slice(
-      const_cast<std::byte*>(piece.data()), piece.size(),
-      [](void* held) { delete static_cast<std::shared_ptr<const void>*>(held); }, hold);
+void release(void* owner) { delete static_cast<Owner*>(owner); }
+
+grpc::Slice sliceOf(const Bytes& piece, const Owner& owner) {
+  // gRPC's slices have no const; it does not write to those that it sends.
+  void* const data = const_cast<std::byte*>(piece.data());
+  return grpc::Slice(data, piece.size(), &release, new Owner(owner));
 }
 
 }  // namespace
 
 grpc::ByteBuffer toMessage(const wire::Frame& frame, const Payload& payload) {
-  std::vector<std::byte> header = wire::encodeHeader(frame, payload.nbytes());
-  if (payload.nbytes() <= kInlineBytes) {
-    const std::size_t at = header.size();
-    header.resize(at + payload.nbytes());
-    payload.copyTo(header.data() + at);
-    const grpc::Slice slice(header.data(), header.size());
-    return grpc::ByteBuffer(&slice, 1);
+  const std::vector<std::byte> header = wire::encodeHeader(frame, payload.nbytes());
+  const grpc::Slice head(header.data(), header.size());
+  if (payload.pieces().empty()) return grpc::ByteBuffer(&head, 1);
+  if (payload.pieces().size() == 1) {
+    const grpc::Slice slices[] = {head, sliceOf(payload.pieces()[0], payload.owner())};
+    return grpc::ByteBuffer(slices, 2);
   }
   std::vector<grpc::Slice> slices;
   slices.reserve(1 + payload.pieces().size());
-  slices.emplace_back(header.data(), header.size());
-  for (const Bytes& piece : payload.pieces()) slices.push_back(borrow(piece, payload.owner()));
+  slices.push_back(head);
+  for (const Bytes& piece : payload.pieces()) slices.push_back(sliceOf(piece, payload.owner()));
   return grpc::ByteBuffer(slices.data(), slices.size());
 }
 
-Payload toPayload(const grpc::ByteBuffer& message) {
+Result<wire::Decoded> fromMessage(const grpc::ByteBuffer& message) {
   auto slices = std::make_shared<std::vector<grpc::Slice>>();
-  if (!message.Dump(slices.get()).ok()) return {};
+  if (!message.Dump(slices.get()).ok()) {
+    return Status(Code::kInvalidArgument,
+                  "the message is compressed in a way that is not supported");
+  }
   std::vector<Bytes> pieces;
   pieces.reserve(slices->size());
   for (const grpc::Slice& slice : *slices) {
+    // Data of a short slice lies within the slice object: it stays valid because the vector does
+    // not change any more.
     if (slice.size() > 0)
       pieces.emplace_back(reinterpret_cast<const std::byte*>(slice.begin()), slice.size());
   }
-  return {std::move(pieces), std::move(slices)};
+  return wire::decode(Payload(std::move(pieces), std::move(slices)));
 }
 
-}  // namespace reducer::transport
+}  // namespace reducer::transport::grpc_detail

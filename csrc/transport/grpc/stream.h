@@ -1,185 +1,142 @@
-// One bidirectional stream of frames over gRPC, either end of it.
+// One connection: a stream of Data.Exchange, seen from either end.
 #pragma once
 
 #include <grpcpp/alarm.h>
-#include <grpcpp/generic/async_generic_service.h>
-#include <grpcpp/generic/generic_stub.h>
-#include <grpcpp/grpcpp.h>
+#include <grpcpp/support/async_stream.h>
+#include <grpcpp/support/byte_buffer.h>
 
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 
-#include "reducer.grpc.pb.h"
+#include "common/clock.h"
+#include "common/status.h"
+#include "transport/grpc/factory.h"
+#include "transport/grpc/fork.h"
 #include "transport/transport.h"
 
-namespace reducer::transport {
+namespace reducer::transport::grpc_detail {
 
-/// What a completion queue returns. Tags are members of the object whose operation they stand for.
-class Tag {
- public:
-  virtual ~Tag() = default;
-  virtual void proceed(bool ok) = 0;
-};
+class Core;
+struct ListenerState;
 
-/// Both ends have the same life: start, read and write at once, finish. One read and one write are
-/// outstanding at a time (gRPC allows no more); what waits to be written is queued here.
+/// Thread safety: every public method, from any thread.
 ///
-/// Lifetime: while any operation is outstanding the stream holds itself. The user holds a
-/// Connection (below), whose end closes the stream. Thread safety: every public method, from any
-/// thread.
+/// At most one read and one write are outstanding at gRPC. Every operation outstanding is counted
+/// in pending_; while it is not 0 the core keeps the stream. When it falls to 0 the stream is over:
+/// onClosed, and the core lets go. Nothing of gRPC (but the linger alarm), no handler and no
+/// payload's release is called with mutex_ held: each may lead back here.
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
-  /// `gone` is called when nothing is outstanding any more, as the very last thing.
-  explicit Stream(std::function<void(Stream*)> gone);
-  virtual ~Stream();
+  explicit Stream(Core& core) : core_(core), generation_(forkGeneration()) {}
+  virtual ~Stream() = default;
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
 
-  /// The handler must be set before anything is started.
-  void setHandler(std::shared_ptr<Handler> handler);
   void send(const wire::Frame& frame, const Payload& payload);
   void close(const Status& reason, bool flush);
-  virtual std::string peer() const = 0;
+  /// close() without flush, also for a stream that is closing already but waits for its peer.
+  void abort(const Status& reason);
+
+  const std::string& peer() const { return peer_; }
+  /// The listener that accepted it, or null.
+  virtual const ListenerState* listener() const { return nullptr; }
 
  protected:
-  enum class Operation { kStart, kRead, kWrite, kHalfClose, kFinish, kDone };
-
-  struct OperationTag final : Tag {
-    void proceed(bool ok) override { stream->onOperation(operation, ok); }
-    Stream* stream = nullptr;
-    Operation operation = Operation::kStart;
+  enum class Op { kStart, kMetadata, kRead, kWrite, kHalfClose, kFinish, kDone, kLinger, kPosted };
+  struct Tag final : GrpcTag {
+    Tag(Stream& s, Op o) : stream(s), op(o) {}
+    void complete(bool ok) override { stream.completed(op, ok); }
+    Stream& stream;
+    const Op op;
   };
 
-  virtual void startRead(grpc::ByteBuffer* buffer, void* tag) = 0;
-  virtual void startWrite(const grpc::ByteBuffer& buffer, void* tag) = 0;
-  /// After a flush: the client says that it sends no more, the server ends the call with `reason`.
-  virtual void startFlushed(const Status& reason) = 0;
-  /// Nothing more can be read: the client asks for the call's status, the server ends the call if
-  /// it has not.
-  virtual void startFinish(const Status& reason) = 0;
+  // What the two ends do differently. Without lock.
+  virtual void startRead(grpc::ByteBuffer* message, void* tag) = 0;
+  virtual void startWrite(const grpc::ByteBuffer& message, grpc::WriteOptions options,
+                          void* tag) = 0;
+  /// Everything was sent: tell the other end.
+  virtual void startHalfClose(void* tag) = 0;
   virtual void cancel() = 0;
-  /// Why the stream ended, once it is finished.
+  virtual void
+  releaseCall() = 0;  ///< the stream is over: gRPC's objects go, even if users hold the connection
+  virtual void onEvent(Op op, bool ok) = 0;  ///< those that are not handled here
+  virtual void onReadEnd() = 0;              ///< nothing more will come
+  /// There is somebody who can be told of a close. With mutex_ held.
+  virtual bool hasPeer() const { return connected_; }
+  /// For onClosed, if it was not closed from here.
   virtual Status endReason() = 0;
 
-  /// Counts an operation as outstanding and gives its tag. Called with the lock held.
-  void* begin(Operation operation);
-  void onOperation(Operation operation, bool ok);
-  virtual void onStarted(bool ok);
+  void completed(Op op, bool ok);
+  /// An operation is about to start.
+  void begin() {
+    const std::lock_guard lock(mutex_);
+    ++pending_;
+  }
+  void end();
+  void read();
+  /// The stream may be written to from now on.
+  void openForWriting();
+  /// Nothing goes in or out any more but what is queued; then the half close.
+  void closeAfterQueue();
+  /// Cancels the call, for a reason that the call itself will tell.
+  void breakOff();
+
+  Core& core_;  // gone before the stream may be, but not before it is over
+  std::mutex mutex_;
+  std::string peer_;  // set before the stream is used
+  std::shared_ptr<Handler>
+      handler_;  // touched by one thread at a time: set before the first read, gone after the last
+  int pending_ = 0;
+  bool connected_ = false;    // may write
+  bool closing_ = false;      // no frame goes in or out any more, but what is queued if flush_
+  bool settled_ = false;      // reason_ is: it was closed from here
+  bool half_closed_ = false;  // or about to be, by whoever set it
+  bool cancelled_ = false;    // likewise
+  bool over_ = false;
+  Status reason_;
+
+ private:
+  using Queue = std::deque<grpc::ByteBuffer>;
+
+  /// The process was forked since: nothing may be done.
+  bool orphaned() const { return forkGeneration() != generation_; }
   void onRead(bool ok);
   void onWritten(bool ok);
-  void onHalfClosed();
-  /// Nothing more will be read. Called with the lock held.
-  virtual void onReadEnd() = 0;
-  /// The stream has ended: gRPC's objects go, and with them what they still hold of cancelled
-  /// writes. Called with the lock held.
-  virtual void release() {}
-  /// Called with the lock held.
-  void writeNext();
-  void readNext();
-  void finishOnce();
+  void onLinger();
+  void refuse(const Status& why);
+  /// What to do once the lock is released.
+  enum class Next { kNothing, kWrite, kWriteMore, kHalfClose, kCancel };
+  Next nextHeld(grpc::ByteBuffer& message);
+  Next closeHeld(grpc::ByteBuffer& message);
+  Next cancelHeld(Queue& dropped);
+  void proceed(Next next, const grpc::ByteBuffer& message);
+  void armLingerHeld();
+  void finish();
 
-  std::mutex mutex_;
-  bool started_ = false;
-  bool flush_requested_ = false;
-  bool flushed_ = false;
-  bool finishing_ = false;
-  bool closed_locally_ = false;
-  Status local_reason_;
-
- private:
-  bool deliver(grpc::ByteBuffer buffer);
-  void end();
-
-  const std::function<void(Stream*)> gone_;
-  std::shared_ptr<Handler> handler_;
-  OperationTag tags_[6];
-  std::shared_ptr<Stream> self_;  // while operations are outstanding
-  int outstanding_ = 0;
+  const std::uint64_t generation_;
+  Queue queue_;
   bool writing_ = false;
-  bool reading_done_ = false;
-  std::deque<grpc::ByteBuffer> queue_;
+  bool flush_ = false;
+  bool lingering_ = false;
+  std::uint64_t written_ = 0;  // messages; shows the linger timer that there is progress
+  std::uint64_t written_before_ = 0;
   grpc::ByteBuffer incoming_;
+  grpc::Alarm linger_;
+  Tag read_tag_{*this, Op::kRead};
+  Tag write_tag_{*this, Op::kWrite};
+  Tag linger_tag_{*this, Op::kLinger};
+
+ protected:
+  Tag half_close_tag_{*this, Op::kHalfClose};
 };
 
-/// The end that connects.
-class ClientStream final : public Stream {
+/// What users hold: the stream closes when the last reference is dropped.
+class StreamConnection final : public Connection {
  public:
-  ClientStream(std::string address, std::function<void(Stream*)> gone)
-      : Stream(std::move(gone)), address_(std::move(address)) {}
-
-  /// Connects; gives up after `timeout`.
-  void start(std::shared_ptr<grpc::Channel> channel, grpc::CompletionQueue* queue,
-             Duration timeout);
-  std::string peer() const override { return address_; }
-
- private:
-  struct DeadlineTag final : Tag {
-    void proceed(bool ok) override { stream->onDeadline(ok); }
-    ClientStream* stream = nullptr;
-  };
-
-  void startRead(grpc::ByteBuffer* buffer, void* tag) override { call_->Read(buffer, tag); }
-  void startWrite(const grpc::ByteBuffer& buffer, void* tag) override { call_->Write(buffer, tag); }
-  void startFlushed(const Status& reason) override;
-  void startFinish(const Status& reason) override;
-  void cancel() override {
-    if (context_) context_->TryCancel();
-  }
-  Status endReason() override;
-  void onReadEnd() override;
-  void release() override;
-  void onStarted(bool ok) override;
-  void onDeadline(bool expired);
-
-  const std::string address_;
-  Duration timeout_{};
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<grpc::GenericStub> stub_;
-  std::unique_ptr<grpc::ClientContext> context_ = std::make_unique<grpc::ClientContext>();
-  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> call_;
-  grpc::Alarm deadline_;
-  DeadlineTag deadline_tag_;
-  bool timed_out_ = false;
-  grpc::Status status_;
-};
-
-using DataService = v1::Data::WithRawMethod_Exchange<v1::Data::Service>;
-
-/// The end that was connected to.
-class ServerStream final : public Stream {
- public:
-  explicit ServerStream(std::function<void(Stream*)> gone)
-      : Stream(std::move(gone)), call_(&context_) {}
-
-  grpc::ServerContext& context() { return context_; }
-  grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>& call() { return call_; }
-  /// The tag that says when the call is over, to be given to gRPC before the call is accepted.
-  void* prepare();
-  /// Begins to read; the call was accepted.
-  void start();
-  /// The call never came (shutdown): forgets it.
-  void abandon();
-  std::string peer() const override;
-
- private:
-  void startRead(grpc::ByteBuffer* buffer, void* tag) override { call_.Read(buffer, tag); }
-  void startWrite(const grpc::ByteBuffer& buffer, void* tag) override { call_.Write(buffer, tag); }
-  void startFlushed(const Status& reason) override;
-  void startFinish(const Status& reason) override;
-  void cancel() override { context_.TryCancel(); }
-  Status endReason() override;
-  void onReadEnd() override;
-
-  grpc::ServerContext context_;
-  grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer> call_;
-};
-
-/// What users hold: the stream, closed when they let go of it.
-class GrpcConnection final : public Connection {
- public:
-  explicit GrpcConnection(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {}
-  ~GrpcConnection() override { stream_->close(Status(), /*flush=*/false); }
+  explicit StreamConnection(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {}
+  ~StreamConnection() override { stream_->close(Status(), /*flush=*/true); }
   void send(const wire::Frame& frame, Payload payload) override { stream_->send(frame, payload); }
   void close(const Status& reason, bool flush) override { stream_->close(reason, flush); }
   std::string peer() const override { return stream_->peer(); }
@@ -188,4 +145,4 @@ class GrpcConnection final : public Connection {
   const std::shared_ptr<Stream> stream_;
 };
 
-}  // namespace reducer::transport
+}  // namespace reducer::transport::grpc_detail

@@ -1,0 +1,177 @@
+#include "transport/grpc/core.h"
+
+#include <grpc/support/time.h>
+#include <grpcpp/server_builder.h>
+#include <grpcpp/server_posix.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "transport/grpc/channel_args.h"
+#include "transport/grpc/client_stream.h"
+#include "transport/grpc/fork.h"
+#include "transport/grpc/server_stream.h"
+#include "transport/grpc/timer.h"
+
+namespace reducer::transport::grpc_detail {
+
+gpr_timespec deadlineAfter(Duration wait) {
+  const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(wait).count();
+  return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_nanos(ns, GPR_TIMESPAN));
+}
+
+Core::Core(const GrpcOptions& options) : generation_(forkGeneration()) {
+  prepareProcess();
+  const int threads = std::max(1, options.threads);
+  grpc::ServerBuilder builder;
+  setServerArguments(builder);
+  builder.RegisterService(&service_);
+  queue_ = builder.AddCompletionQueue();
+  if (options.configure_server) options.configure_server(builder);
+  server_ = builder.BuildAndStart();
+  REDUCER_CHECK(server_ != nullptr);  // it has no port that could be taken
+  for (int i = 0; i < threads; ++i) acceptNext();
+  if (options.serve) options.serve(*queue_);
+  dialer_ = std::make_unique<Dialer>(options.congestion_control);
+  for (int i = 0; i < threads; ++i) {
+    threads_.emplace_back([queue = queue_.get()] {
+      void* tag = nullptr;
+      bool ok = false;
+      while (queue->Next(&tag, &ok)) static_cast<GrpcTag*>(tag)->complete(ok);
+    });
+    pthread_setname_np(threads_.back().native_handle(), "reducer-cq");
+  }
+}
+
+Core::~Core() {
+  std::vector<std::shared_ptr<Stream>> streams;
+  std::vector<std::shared_ptr<TimerState>> timers;
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    streams.assign(streams_.begin(), streams_.end());
+    timers.assign(timers_.begin(), timers_.end());
+  }
+  dialer_->stop();
+  for (const auto& timer : timers) timer->cancel();
+  for (const auto& stream : streams)
+    stream->abort(Status(Code::kAborted, "the transport was shut down"));
+  streams.clear();
+  timers.clear();
+  server_->Shutdown(gpr_now(GPR_CLOCK_MONOTONIC));
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return streams_.empty() && timers_.empty(); });
+    stopped_ = true;
+  }
+  queue_->Shutdown();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+bool Core::orphaned() const noexcept { return forkGeneration() != generation_; }
+
+// ------------------------------------------------------------------ listening
+
+Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, Acceptor acceptor) {
+  const auto failed = [&](const std::string& why) {
+    return Status(Code::kUnavailable, "cannot listen on " + address + ": " + why);
+  };
+  auto resolved = resolve(address);
+  if (!resolved.ok()) return failed(resolved.status().message());
+  auto socket = listenAt(resolved.value().front(), dialer_->congestionControl());
+  if (!socket.ok()) return failed(socket.status().message());
+  auto listener = std::make_shared<ListenerState>();
+  // The host as it was written, the port as it is.
+  const std::string real = toString(localAddress(socket.value().get()));
+  listener->address = address.substr(0, address.rfind(':')) + real.substr(real.rfind(':'));
+  listener->acceptor = std::move(acceptor);
+  listener->dialer_id = dialer_->startListening(
+      std::move(socket).value(),
+      [this, weak = std::weak_ptr<ListenerState>(listener)](Fd fd, const SocketAddress& peer) {
+        if (const auto state = weak.lock()) onAccept(std::move(fd), peer, state);
+      });
+  return listener;
+}
+
+void Core::onAccept(Fd fd, const SocketAddress& peer,
+                    const std::shared_ptr<ListenerState>& listener) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) return;
+    origins_["fd:" + std::to_string(fd.get())] = {toString(peer), listener};
+  }
+  grpc::AddInsecureChannelFromFd(server_.get(), fd.release());
+}
+
+Core::Origin Core::originOf(const std::string& grpc_peer) {
+  const std::lock_guard lock(mutex_);
+  const auto found = origins_.find(grpc_peer);
+  return found == origins_.end() ? Origin{grpc_peer, nullptr} : found->second;
+}
+
+void Core::unlisten(const std::shared_ptr<ListenerState>& listener) {
+  dialer_->stopListening(listener->dialer_id);
+  listener->closed = true;
+  std::vector<std::shared_ptr<Stream>> streams;
+  const auto accepted_by = [&](const std::shared_ptr<Stream>& stream) {
+    return stream->listener() == listener.get();
+  };
+  {
+    const std::lock_guard lock(mutex_);
+    std::copy_if(streams_.begin(), streams_.end(), std::back_inserter(streams), accepted_by);
+  }
+  for (const auto& stream : streams)
+    stream->abort(Status(Code::kAborted, "the listener was closed"));
+  streams.clear();
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return std::none_of(streams_.begin(), streams_.end(), accepted_by); });
+}
+
+void Core::acceptNext() {
+  auto stream = std::make_shared<ServerStream>(*this);
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) return;
+    streams_.insert(stream);
+  }
+  stream->request();
+}
+
+// ------------------------------------------------------------------ connecting, and the rest
+
+std::shared_ptr<Stream> Core::connect(const std::string& address, std::shared_ptr<Handler> handler,
+                                      Duration timeout) {
+  auto stream = std::make_shared<ClientStream>(*this, address, std::move(handler), timeout);
+  {
+    const std::lock_guard lock(mutex_);
+    REDUCER_CHECK(!stopping_);
+    streams_.insert(stream);
+  }
+  stream->dial();
+  return stream;
+}
+
+void Core::forget(const std::shared_ptr<Stream>& stream) {
+  const std::lock_guard lock(mutex_);
+  streams_.erase(stream);
+  changed_.notify_all();
+}
+
+void Core::keep(std::shared_ptr<TimerState> timer) {
+  const std::lock_guard lock(mutex_);
+  timers_.insert(std::move(timer));
+}
+
+void Core::forget(const std::shared_ptr<TimerState>& timer) {
+  const std::lock_guard lock(mutex_);
+  timers_.erase(timer);
+  changed_.notify_all();
+}
+
+void Core::post(std::function<void()> task) {
+  const std::lock_guard lock(mutex_);
+  if (!stopped_) Task::start(*queue_, std::move(task));
+}
+
+}  // namespace reducer::transport::grpc_detail

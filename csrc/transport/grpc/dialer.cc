@@ -1,0 +1,244 @@
+#include "transport/grpc/dialer.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+namespace reducer::transport::grpc_detail {
+namespace {
+
+using std::chrono::milliseconds;
+
+// A reducer that starts a moment after its workers is found soon; one that is absent for long costs
+// little.
+constexpr Duration kFirstBackoff = milliseconds(20);
+constexpr Duration kLastBackoff = milliseconds(500);
+constexpr Duration kPatienceMax = std::chrono::hours(24 * 365);  // so that sums do not overflow
+// After accept() failed for lack of descriptors or memory.
+constexpr auto kAcceptPause = milliseconds(50);
+
+}  // namespace
+
+Dialer::Dialer(std::string congestion_control)
+    : congestion_control_(std::move(congestion_control)),
+      wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+  thread_ = std::thread([this] { work(); });
+  pthread_setname_np(thread_.native_handle(), "reducer-dial");
+}
+
+Dialer::~Dialer() { stop(); }
+
+void Dialer::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  accepted_.notify_all();
+  wake();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Dialer::wake() {
+  const std::uint64_t one = 1;
+  (void)!::write(wake_fd_.get(), &one, sizeof one);
+}
+
+std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept) {
+  std::uint64_t id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    id = next_id_++;
+    listening_.push_back({id, std::move(fd), std::make_shared<OnAccept>(std::move(on_accept))});
+  }
+  wake();
+  return id;
+}
+
+void Dialer::stopListening(std::uint64_t id) {
+  std::unique_lock lock(mutex_);
+  std::erase_if(listening_, [id](const Listening& one) { return one.id == id; });
+  accepted_.wait(lock, [&] { return accepting_ != id; });
+  lock.unlock();
+  wake();
+}
+
+void Dialer::dial(std::shared_ptr<Caller> caller, const std::string& address, Duration timeout) {
+  Call call;
+  call.caller = std::move(caller);
+  call.address = address;
+  call.retry_at = Clock::now();
+  call.deadline = call.retry_at + std::min<Duration>(timeout, kPatienceMax);
+  call.backoff = kFirstBackoff;
+  {
+    const std::lock_guard lock(mutex_);
+    calls_.push_back(std::move(call));
+  }
+  wake();
+}
+
+void Dialer::retry(const Caller* caller, const std::string& why) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (Call& call : calls_) {
+      if (call.caller.get() == caller) failed(call, why, Clock::now());
+    }
+  }
+  wake();
+}
+
+bool Dialer::forget(const Caller* caller) {
+  std::vector<Call> forgotten;  // released after the lock
+  {
+    const std::lock_guard lock(mutex_);
+    const auto gone = std::partition(calls_.begin(), calls_.end(),
+                                     [&](const Call& call) { return call.caller.get() != caller; });
+    std::move(gone, calls_.end(), std::back_inserter(forgotten));
+    calls_.erase(gone, calls_.end());
+  }
+  return !forgotten.empty();
+}
+
+void Dialer::failed(Call& call, std::string why, TimePoint now) {
+  call.fd.reset();
+  call.last_error = std::move(why);
+  call.state = Call::State::kWaiting;
+  call.retry_at = now;
+  if (!call.candidates.empty()) return;  // the name has another address: at once
+  call.retry_at += call.backoff;
+  call.backoff = std::min(call.backoff * 2, kLastBackoff);
+}
+
+void Dialer::attempt(std::unique_lock<std::mutex>& lock, std::size_t index, TimePoint now) {
+  // The look-up may take long: it runs without the lock, on a copy, and finds its call again by the
+  // caller.
+  if (calls_[index].candidates.empty()) {
+    const std::shared_ptr<Caller> caller = calls_[index].caller;
+    const std::string address = calls_[index].address;
+    lock.unlock();
+    auto resolved = resolve(address);
+    lock.lock();
+    const auto found = std::find_if(calls_.begin(), calls_.end(),
+                                    [&](const Call& call) { return call.caller == caller; });
+    if (found == calls_.end()) return;
+    if (!resolved.ok()) return failed(*found, resolved.status().message(), now);
+    found->candidates = std::move(resolved).value();
+    std::reverse(found->candidates.begin(), found->candidates.end());
+    index = static_cast<std::size_t>(found - calls_.begin());
+  }
+  Call& call = calls_[index];
+  const SocketAddress target = call.candidates.back();
+  call.candidates.pop_back();
+  auto started = startConnect(target, congestion_control_);
+  if (!started.ok()) return failed(call, started.status().message(), now);
+  call.fd = std::move(started).value();
+  call.state = Call::State::kConnecting;
+}
+
+void Dialer::decided(std::unique_lock<std::mutex>& lock, int fd) {
+  const auto call = std::find_if(calls_.begin(), calls_.end(),
+                                 [fd](const Call& one) { return one.fd.get() == fd; });
+  if (call == calls_.end()) return;
+  if (std::string error = connectError(fd); !error.empty()) {
+    return failed(*call, std::move(error), Clock::now());
+  }
+  call->state = Call::State::kHandedOver;
+  call->last_error = "the connection was accepted, but no reducer answered on it";
+  Fd socket = std::move(call->fd);
+  const std::shared_ptr<Caller> caller = call->caller;
+  lock.unlock();
+  caller->onSocket(std::move(socket));
+  lock.lock();
+}
+
+bool Dialer::expire(std::unique_lock<std::mutex>& lock, TimePoint now) {
+  const auto late = std::find_if(calls_.begin(), calls_.end(),
+                                 [now](const Call& call) { return call.deadline <= now; });
+  if (late == calls_.end()) return false;
+  Call call = std::move(*late);
+  calls_.erase(late);
+  lock.unlock();
+  call.caller->onExpired(call.last_error);
+  call = {};
+  lock.lock();
+  return true;
+}
+
+void Dialer::acceptAll(std::unique_lock<std::mutex>& lock, std::uint64_t id, int fd) {
+  while (!stopping_) {
+    const auto one = std::find_if(listening_.begin(), listening_.end(),
+                                  [id](const Listening& listening) { return listening.id == id; });
+    if (one == listening_.end()) return;
+    auto [socket, peer] = acceptFrom(fd);
+    if (!socket) {
+      const bool out_of_something =
+          errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+      if (out_of_something) accepted_.wait_for(lock, kAcceptPause, [this] { return stopping_; });
+      return;
+    }
+    const std::shared_ptr<OnAccept> on_accept = one->on_accept;
+    accepting_ = id;
+    lock.unlock();
+    (*on_accept)(std::move(socket), peer);
+    lock.lock();
+    accepting_ = 0;
+    accepted_.notify_all();
+  }
+}
+
+Duration Dialer::untilNext(TimePoint now) {
+  Duration wait = std::chrono::hours(1);
+  for (const Call& call : calls_) {
+    wait = std::min(wait, call.deadline - now);
+    if (call.state == Call::State::kWaiting) wait = std::min(wait, call.retry_at - now);
+  }
+  return std::max(wait, Duration::zero());
+}
+
+void Dialer::work() {
+  std::vector<pollfd> polled;
+  std::vector<std::uint64_t> listeners;
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    const TimePoint now = Clock::now();
+    while (expire(lock, now)) {
+    }
+    for (std::size_t i = 0; i < calls_.size(); ++i) {
+      if (calls_[i].state == Call::State::kWaiting && calls_[i].retry_at <= now)
+        attempt(lock, i, now);
+    }
+    polled.assign(1, {wake_fd_.get(), POLLIN, 0});
+    listeners.assign(1, 0);
+    for (const Listening& one : listening_) {
+      polled.push_back({one.fd.get(), POLLIN, 0});
+      listeners.push_back(one.id);
+    }
+    for (const Call& call : calls_) {
+      if (call.state == Call::State::kConnecting) polled.push_back({call.fd.get(), POLLOUT, 0});
+    }
+    const Duration wait = untilNext(Clock::now());
+    lock.unlock();
+    const auto wait_ms = std::chrono::ceil<milliseconds>(wait).count();
+    const int events = ::poll(polled.data(), polled.size(), static_cast<int>(wait_ms));
+    lock.lock();
+    if (events <= 0) continue;
+    if (polled[0].revents != 0) {
+      std::uint64_t count = 0;
+      (void)!::read(wake_fd_.get(), &count, sizeof count);
+    }
+    for (std::size_t i = 1; i < polled.size() && !stopping_; ++i) {
+      if (polled[i].revents == 0) continue;
+      if (i < listeners.size()) {
+        acceptAll(lock, listeners[i], polled[i].fd);
+      } else {
+        decided(lock, polled[i].fd);
+      }
+    }
+  }
+}
+
+}  // namespace reducer::transport::grpc_detail

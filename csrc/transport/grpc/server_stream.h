@@ -1,0 +1,50 @@
+// The accepting end of a stream.
+#pragma once
+
+#include <grpcpp/server_context.h>
+
+#include <memory>
+
+#include "transport/grpc/core.h"
+#include "transport/grpc/stream.h"
+
+namespace reducer::transport::grpc_detail {
+
+/// Initial metadata by which a worker knows that a reducer has accepted: gRPC reports a failed
+/// call's missing metadata as an empty set.
+inline constexpr char kAcceptedKey[] = "reducer-accepted";
+
+class ServerStream final : public Stream {
+ public:
+  explicit ServerStream(Core& core) : Stream(core), call_(std::make_shared<Call>()) {}
+  /// Waits for a worker to open a stream, and becomes its other end.
+  void request();
+  const ListenerState* listener() const override { return listener_.load(); }
+
+ private:
+  struct Call {
+    grpc::ServerContext context;
+    grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer> io{&context};
+  };
+
+  void startRead(grpc::ByteBuffer* message, void* tag) override { call_->io.Read(message, tag); }
+  void startWrite(const grpc::ByteBuffer& message, grpc::WriteOptions options, void* tag) override;
+  void startHalfClose(void* tag) override;
+  void cancel() override;
+  void releaseCall() override;
+  void onEvent(Op op, bool ok) override;
+  void onReadEnd() override { closeAfterQueue(); }
+  bool hasPeer() const override { return true; }
+  Status endReason() override;
+  void accept();
+
+  std::shared_ptr<Call> call_;
+  bool started_ = false;
+  std::shared_ptr<ListenerState> origin_;
+  std::atomic<const ListenerState*> listener_{nullptr};
+  Tag start_tag_{*this, Op::kStart};
+  Tag metadata_tag_{*this, Op::kMetadata};
+  Tag done_tag_{*this, Op::kDone};
+};
+
+}  // namespace reducer::transport::grpc_detail

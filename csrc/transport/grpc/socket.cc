@@ -1,0 +1,178 @@
+#include "transport/grpc/socket.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <memory>
+
+#include "transport/address.h"
+#include "transport/grpc/fork.h"
+
+namespace reducer::transport::grpc_detail {
+namespace {
+
+constexpr int kBacklog = 1024;
+
+// A host that lost its power or its network says no goodbye; the kernel finds out. Idle connections
+// are probed, and data that nobody acknowledges fails the connection (without this, after a quarter
+// of an hour).
+constexpr int kProbeAfterSeconds = 15;
+constexpr int kProbeEverySeconds = 5;
+constexpr int kProbes = 3;
+constexpr unsigned kSilenceMilliseconds = 30'000;
+
+/// "Connection refused" -> "connection refused": it stands in the middle of our sentences.
+std::string errorText(int error) {
+  std::string text = std::strerror(error);
+  if (text.size() > 1 && std::islower(static_cast<unsigned char>(text[1]))) {
+    text[0] = static_cast<char>(std::tolower(static_cast<unsigned char>(text[0])));
+  }
+  return text;
+}
+
+template <class T>
+void set(int fd, int level, int option, T value) {
+  // None of these is needed for right results, so an old kernel's refusal is no error.
+  (void)setsockopt(fd, level, option, &value, sizeof value);
+}
+
+Status setCongestionControl(int fd, const std::string& name) {
+  if (name.empty()) return {};
+  if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name.data(),
+                 static_cast<socklen_t>(name.size())) == 0) {
+    return {};
+  }
+  const int error = errno;
+  std::string available;
+  std::ifstream file("/proc/sys/net/ipv4/tcp_available_congestion_control");
+  std::getline(file, available);
+  return Status(Code::kUnavailable, "the congestion control '" + name + "' cannot be used: " +
+                                        errorText(error) + " (this kernel has: " + available + ")");
+}
+
+Result<Fd> makeSocket(const SocketAddress& address, const std::string& congestion_control) {
+  Fd fd(socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP));
+  if (!fd) return Status(Code::kUnavailable, "no socket: " + errorText(errno));
+  // On a listening socket these are inherited by what it accepts.
+  set(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
+  set(fd.get(), SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(fd.get(), IPPROTO_TCP, TCP_KEEPIDLE, kProbeAfterSeconds);
+  set(fd.get(), IPPROTO_TCP, TCP_KEEPINTVL, kProbeEverySeconds);
+  set(fd.get(), IPPROTO_TCP, TCP_KEEPCNT, kProbes);
+  set(fd.get(), IPPROTO_TCP, TCP_USER_TIMEOUT, kSilenceMilliseconds);
+  if (Status status = setCongestionControl(fd.get(), congestion_control); !status.ok())
+    return status;
+  closeInChildren(fd.get());
+  return fd;
+}
+
+}  // namespace
+
+void Fd::reset(int fd) {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = fd;
+}
+
+std::string toString(const SocketAddress& address) {
+  char host[INET6_ADDRSTRLEN] = "?";
+  if (address.storage.ss_family == AF_INET6) {
+    const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address.storage);
+    inet_ntop(AF_INET6, &v6.sin6_addr, host, sizeof host);
+    return "[" + std::string(host) + "]:" + std::to_string(ntohs(v6.sin6_port));
+  }
+  const auto& v4 = reinterpret_cast<const sockaddr_in&>(address.storage);
+  inet_ntop(AF_INET, &v4.sin_addr, host, sizeof host);
+  return std::string(host) + ":" + std::to_string(ntohs(v4.sin_port));
+}
+
+Result<std::vector<SocketAddress>> resolve(const std::string& address) {
+  const auto parsed = parseAddress(address);
+  if (!parsed) {
+    return Status(Code::kInvalidArgument, "this is not host:port with a port from 0 to 65535");
+  }
+  std::string host = parsed->host;
+  const std::string port = std::to_string(parsed->port);
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']')
+    host = host.substr(1, host.size() - 2);
+  addrinfo hints{};
+  hints.ai_family = AF_UNSPEC;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* list = nullptr;
+  if (const int failed = getaddrinfo(host.c_str(), port.c_str(), &hints, &list); failed != 0) {
+    return Status(Code::kUnavailable,
+                  "the name '" + host + "' is not known: " + gai_strerror(failed));
+  }
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(list, &freeaddrinfo);
+  std::vector<SocketAddress> addresses;
+  for (const addrinfo* one = list; one != nullptr; one = one->ai_next) {
+    SocketAddress entry;
+    std::memcpy(&entry.storage, one->ai_addr, one->ai_addrlen);
+    entry.nbytes = one->ai_addrlen;
+    addresses.push_back(entry);
+  }
+  return addresses;
+}
+
+Result<Fd> listenAt(const SocketAddress& address, const std::string& congestion_control) {
+  auto made = makeSocket(address, congestion_control);
+  if (!made.ok()) return made.status();
+  Fd fd = std::move(made).value();
+  set(fd.get(), SOL_SOCKET, SO_REUSEADDR,
+      1);  // a server that is started again need not wait for old connections
+  if (bind(fd.get(), address.get(), address.nbytes) != 0 || listen(fd.get(), kBacklog) != 0) {
+    return Status(Code::kUnavailable,
+                  errno == EADDRINUSE
+                      ? "the port is in use by another process; choose another one, or 0 for any"
+                      : errorText(errno));
+  }
+  return fd;
+}
+
+Result<Fd> startConnect(const SocketAddress& address, const std::string& congestion_control) {
+  auto made = makeSocket(address, congestion_control);
+  if (!made.ok()) return made.status();
+  Fd fd = std::move(made).value();
+  if (connect(fd.get(), address.get(), address.nbytes) != 0 && errno != EINPROGRESS) {
+    return Status(Code::kUnavailable, errorText(errno));
+  }
+  return fd;
+}
+
+std::string connectError(int fd) {
+  int error = 0;
+  socklen_t nbytes = sizeof error;
+  if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &nbytes) != 0) error = errno;
+  if (error != 0) return errorText(error);
+  // A connect to a free port of this host may pick that very port for itself and so reach itself.
+  SocketAddress peer;
+  peer.nbytes = sizeof peer.storage;
+  if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer.storage), &peer.nbytes) != 0)
+    return errorText(errno);
+  return toString(peer) == toString(localAddress(fd)) ? errorText(ECONNREFUSED) : std::string();
+}
+
+std::pair<Fd, SocketAddress> acceptFrom(int listening) {
+  SocketAddress peer;
+  peer.nbytes = sizeof peer.storage;
+  Fd fd(accept4(listening, reinterpret_cast<sockaddr*>(&peer.storage), &peer.nbytes,
+                SOCK_NONBLOCK | SOCK_CLOEXEC));
+  if (fd) closeInChildren(fd.get());
+  return {std::move(fd), peer};
+}
+
+SocketAddress localAddress(int fd) {
+  SocketAddress local;
+  local.nbytes = sizeof local.storage;
+  (void)getsockname(fd, reinterpret_cast<sockaddr*>(&local.storage), &local.nbytes);
+  return local;
+}
+
+}  // namespace reducer::transport::grpc_detail
