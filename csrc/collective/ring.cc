@@ -73,7 +73,8 @@ Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::
   const Span span = spanOf(segment, round);
   Piece piece;
   piece.frame = frame();
-  // A neighbour may be late because of its own neighbour. Who is really missing shows in the comparison.
+  // A neighbour may be late because of its own neighbour. Who is really missing shows in the
+  // comparison.
   piece.frame.timeout_ms = 0;
   piece.frame.slot.chunk = static_cast<std::uint32_t>(kFirstChunk + position * chunks_ + round);
   piece.frame.pusher = static_cast<Rank>(push ? rank_ : previous);
