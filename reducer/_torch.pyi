@@ -7,7 +7,7 @@ from torch._C._distributed_c10d import Backend
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
 
-    def __init__(self, bind_host: str) -> None:
+    def __init__(self, bind_host: str, congestion_control: str) -> None:
         """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
 
     @property

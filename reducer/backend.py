@@ -110,7 +110,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         settings = resolve(backend_options)
         _set_log_level(settings.log)
         native = load_native()
-        runtime = native.Runtime(bind_host=_bind_host(place, settings))
+        runtime = native.Runtime(bind_host=_bind_host(place, settings), congestion_control=settings.congestion_control)
     except errors.ReducerError as error:
         _publish_failure(place, error)
         raise type(error)(place.says(str(error))) from None

@@ -68,6 +68,14 @@ def serve(
     grace: Annotated[
         int, typer.Option(min=0, metavar="SECONDS", help="After SIGTERM, how long groups at work may finish.")
     ] = 30,
+    congestion_control: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of its TCP connections: auto (reno where the kernel permits it), system, or a name that the kernel "
+            "has, as bbr.",
+        ),
+    ] = "auto",
 ) -> None:
     """Run a reduction server on this host, until a signal ends it.
 
@@ -84,7 +92,7 @@ def serve(
     """
     from reducer.serve import serve as start
 
-    arguments = ["--listen", listen, "--grace", str(grace)]
+    arguments = ["--listen", listen, "--grace", str(grace), "--congestion-control", congestion_control]
     if threads is not None:
         arguments += ["--threads", str(threads)]
     if memory_limit is not None:

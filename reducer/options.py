@@ -36,6 +36,9 @@ class Options:
     interface: name or address of the interface on which other workers reach this one. Default: the one with the
     route to the
         store's host.
+    congestion_control: of this worker's TCP connections: "auto" (reno where the kernel permits it), "system" (the
+    host's own), or a
+        name that the kernel has, as "bbr". Default: "auto".
     connect_timeout: how long to wait for a reducer that does not answer; seconds or a timedelta. Default: 60.
     checksum: whether payloads carry a CRC32C. Default: False.
     log: "off", "error", "warning", "info" or "debug". Default: "warning".
@@ -47,6 +50,7 @@ class Options:
     chunk_bytes: int | str | None = None
     window_bytes: int | str | None = None
     interface: str | None = None
+    congestion_control: str | None = None
     connect_timeout: float | str | timedelta | None = None
     checksum: bool | str | None = None
     log: str | None = None
@@ -62,6 +66,7 @@ class Settings:
     chunk_bytes: int = 0
     window_bytes: int = 0
     interface: str = ""
+    congestion_control: str = "auto"
     connect_timeout: timedelta = timedelta(seconds=60)
     checksum: bool = False
     log: str = "warning"
@@ -153,6 +158,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "chunk_bytes": _read_chunk,
     "window_bytes": _read_size,
     "interface": _read_text,
+    "congestion_control": _read_text,
     "connect_timeout": _read_seconds,
     "checksum": _read_switch,
     "log": _one_of(LOG_LEVELS),

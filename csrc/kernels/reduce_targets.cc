@@ -3,6 +3,7 @@
 #define HWY_TARGET_INCLUDE "kernels/reduce_targets.cc"
 #include "kernels/reduce_targets.h"
 
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
@@ -263,6 +264,19 @@ hn::Vec<D> settled(D d, hn::Vec<D> v, std::size_t divisor) {
   return v;
 }
 
+// The hardware stops at every page of every source; this reaches into the next one. Behind the end
+// of a source it reads nothing and harms nothing.
+constexpr std::size_t kPrefetchBytes = 2048;
+
+/// The lines of `kBytes`, at most 256, from `from` on.
+template <std::size_t kBytes>
+HWY_INLINE void prefetch(const std::uint8_t* from) {
+  hwy::Prefetch(from);
+  if constexpr (kBytes > 64) hwy::Prefetch(from + 64);
+  if constexpr (kBytes > 128) hwy::Prefetch(from + 128);
+  if constexpr (kBytes > 192) hwy::Prefetch(from + 192);
+}
+
 /// All sources of a few vectors, then the next vectors: every source is read once, the result stays
 /// in registers and is written once.
 template <class Element, class Op>
@@ -272,14 +286,17 @@ void loop(std::uint8_t* dst, Sources srcs, std::size_t sources, std::size_t coun
   using V = hn::Vec<decltype(d)>;
   const std::size_t unit = 2 * hn::Lanes(d) * Element::kBytes;
   const std::size_t nbytes = count * Element::kBytes;
+  constexpr std::size_t kTurn = 4 * hn::MaxLanes(d) * Element::kBytes;
   V a0, a1, a2, a3, b0, b1, b2, b3;
   std::size_t at = 0;
   for (; at + 2 * unit <= nbytes; at += 2 * unit) {
     Element::load(d, srcs[0] + at, a0, a1);
     Element::load(d, srcs[0] + at + unit, a2, a3);
+    prefetch<kTurn>(srcs[0] + at + kPrefetchBytes);
     for (std::size_t s = 1; s < sources; ++s) {
       Element::load(d, srcs[s] + at, b0, b1);
       Element::load(d, srcs[s] + at + unit, b2, b3);
+      prefetch<kTurn>(srcs[s] + at + kPrefetchBytes);
       a0 = Op::apply(d, a0, b0);
       a1 = Op::apply(d, a1, b1);
       a2 = Op::apply(d, a2, b2);

@@ -25,6 +25,7 @@ class EngineProbe {
   struct Worker : engine::Peer {};
 
   const std::size_t chunk_bytes_;
+  const std::size_t nbytes_;
   std::vector<std::shared_ptr<std::vector<float>>> buffers_;
   std::vector<std::shared_ptr<Worker>> workers_;
   engine::Engine engine_;
@@ -40,6 +41,7 @@ class AddProbe {
   std::uint64_t run();
 
  private:
+  const std::size_t count_;
   std::vector<float> a_;
   std::vector<float> b_;
 };

@@ -1,4 +1,6 @@
 // The standalone reducer: neither torch nor Python.
+#include <malloc.h>
+
 #include <csignal>
 #include <cstdio>
 #include <ctime>
@@ -33,11 +35,21 @@ bool waitForSignal(const sigset_t& signals, std::chrono::milliseconds timeout) {
   return sigtimedwait(&signals, nullptr, &wait) > 0;
 }
 
+/// Chunks come and go all the time: without this malloc gives their pages back to the kernel and
+/// takes them again, seven times as many page faults (docs/performance.md).
+void keepFreedMemory() {
+  constexpr int kKeptBytes = 64 << 20;
+  (void)mallopt(M_TRIM_THRESHOLD, kKeptBytes);
+  (void)mallopt(M_MMAP_THRESHOLD, kKeptBytes / 2);
+}
+
 int serve(const Options& options) {
+  keepFreedMemory();
   const sigset_t signals = blockSignals();
   Control control;
   transport::GrpcOptions grpc;
   grpc.threads = options.threads;
+  grpc.congestion_control = options.congestion_control;
   grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
   const auto transport = transport::makeGrpcTransport(grpc);
   server::ServerOptions settings;

@@ -48,6 +48,7 @@ std::string readableSize(std::size_t nbytes) {
 std::string helpText() {
   return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace "
          "SECONDS]\n"
+         "                      [--congestion-control NAME]\n"
          "\n"
          "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
          "\n"
@@ -59,6 +60,10 @@ std::string helpText() {
          "                       a group of n workers needs 2 x n x window, 2 to 8 MiB per worker "
          "by default\n"
          "  --grace SECONDS      after SIGTERM, how long groups at work may finish (default 30)\n"
+         "  --congestion-control NAME\n"
+         "                       of its TCP connections: auto (reno where the kernel permits it), "
+         "system, or a name\n"
+         "                       that the kernel has, as bbr (default auto)\n"
          "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and "
          "end\n"
          "  --version, --help\n"
@@ -77,6 +82,7 @@ Result<Options> parseOptions(int argc, char** argv) {
                           {"threads", required_argument, nullptr, 't'},
                           {"memory-limit", required_argument, nullptr, 'm'},
                           {"grace", required_argument, nullptr, 'g'},
+                          {"congestion-control", required_argument, nullptr, 'c'},
                           {"stats", required_argument, nullptr, 's'},
                           {"help", no_argument, nullptr, 'h'},
                           {"version", no_argument, nullptr, 'v'},
@@ -110,6 +116,9 @@ Result<Options> parseOptions(int argc, char** argv) {
                        "'" + std::string(optarg) + "' is not a number of seconds from 0 to 86400");
         }
         options.grace = std::chrono::seconds(number);
+        break;
+      case 'c':
+        options.congestion_control = optarg;
         break;
       case 's':
         options.stats_of = optarg;

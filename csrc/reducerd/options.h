@@ -14,6 +14,7 @@ struct Options {
   int threads = 1;
   std::size_t memory_limit_bytes = 0;
   std::chrono::seconds grace{30};
+  std::string congestion_control = "auto";
   std::string stats_of;  ///< not empty: ask this reducer and end
   bool help = false;
   bool version = false;

@@ -42,12 +42,20 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
                                                 " already; REDUCER_INTERFACE cannot ask for " +
                                                 options.bind_host + " in the same process");
     }
+    if (s.options.congestion_control != options.congestion_control) {
+      return Status(Code::kInvalidArgument,
+                    "this process' connections use the congestion control '" +
+                        s.options.congestion_control +
+                        "' already; REDUCER_CONGESTION_CONTROL cannot ask for '" +
+                        options.congestion_control + "' in the same process");
+    }
     return runtime;
   }
   std::shared_ptr<Runtime> runtime(new Runtime);
   runtime->owner_ = getpid();
   transport::GrpcOptions grpc;
   grpc.threads = options.threads;
+  grpc.congestion_control = options.congestion_control;
   runtime->transport_ = transport::makeGrpcTransport(grpc);
   server::ServerOptions server;
   server.host = hostLabel();

@@ -14,8 +14,9 @@
 namespace reducer::runtime {
 
 struct RuntimeOptions {
-  std::string bind_host = "127.0.0.1";  ///< address on which other workers reach this process
-  int threads = 1;                      ///< completion-queue threads
+  std::string bind_host = "127.0.0.1";      ///< address on which other workers reach this process
+  int threads = 1;                          ///< completion-queue threads
+  std::string congestion_control = "auto";  ///< as in transport::GrpcOptions
 };
 
 /// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).

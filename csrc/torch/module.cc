@@ -23,9 +23,10 @@ namespace {
 /// A hold on the process' runtime that Python may drop: the threads are joined without the GIL.
 class RuntimeHold {
  public:
-  explicit RuntimeHold(const std::string& bind_host) {
+  RuntimeHold(const std::string& bind_host, const std::string& congestion_control) {
     runtime::RuntimeOptions options;
     options.bind_host = bind_host;
+    options.congestion_control = congestion_control;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
       const py::gil_scoped_release without_gil;
       return runtime::Runtime::acquire(options);
@@ -95,7 +96,8 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&>(), py::arg("bind_host"))
+      .def(py::init<const std::string&, const std::string&>(), py::arg("bind_host"),
+           py::arg("congestion_control"))
       .def_property_readonly("address", &RuntimeHold::address);
 
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")

@@ -502,9 +502,8 @@ TEST_F(GrpcTransportTest, AForkedChildHoldsNoConnectionAndMayDestroyWhatItInheri
 }
 
 TEST_F(GrpcTransportTest, EachConnectionMayHaveItsCongestionControl) {
-  transport::GrpcOptions options;
-  options.congestion_control = "reno";  // every Linux kernel has it
-  const auto reno = transport::makeGrpcTransport(options);
+  // "auto" is reno, which every Linux kernel has.
+  const auto reno = transport::makeGrpcTransport(transport::GrpcOptions());
   const auto handler = std::make_shared<Recorder>();
   const auto connection = reno->connect(listen(), handler, seconds(5));
   connection->send(numbered(0, 0), {});

@@ -57,7 +57,19 @@ def test_version() -> None:
     ("command", "words"),
     [
         ((), ["serve", "stats", "bench", "info", "--version"]),
-        (("serve",), ["--listen", "--threads", "--memory-limit", "--grace", "REDUCER_SERVERS", "4GiB", "0.0.0.0:7000"]),
+        (
+            ("serve",),
+            [
+                "--listen",
+                "--threads",
+                "--memory-limit",
+                "--grace",
+                "--congestion-control",
+                "REDUCER_SERVERS",
+                "4GiB",
+                "0.0.0.0:7000",
+            ],
+        ),
         (("stats",), ["HOST:PORT", "--json", "reserved"]),
         (("info",), ["settings in effect"]),
         (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png"]),
@@ -121,6 +133,13 @@ def test_serve_refuses_wrong_options(option: str, value: str) -> None:
     done = run("serve", option, value)
     assert (done.returncode, done.stdout) == (2, "")
     assert option in done.stderr
+
+
+def test_serve_refuses_an_unknown_congestion_control() -> None:
+    done = run("serve", "--listen", "127.0.0.1:0", "--congestion-control", "nosuch")
+    assert done.returncode == 1
+    assert "the congestion control 'nosuch' cannot be used" in done.stderr
+    assert "reno" in done.stderr  # what there is instead
 
 
 def test_stats_as_json(server: Server) -> None:

@@ -26,11 +26,10 @@ constexpr std::pair<const char*, int> kArguments[] = {
     // A chunk in one HTTP/2 frame instead of one for every 16 KiB: fewer headers, slices and pieces
     // to sum over.
     {GRPC_ARG_HTTP2_MAX_FRAME_SIZE, 4 * kMiB},
-    // Links bound what is outstanding; HTTP/2's own window only has to be larger than theirs ...
+    // The stream's window from the first byte. The connection's follows the probes of bandwidth x
+    // delay, which are on by default: switched off, gRPC keeps the connection's window at 64 KiB,
+    // and a writer waits for a window update for every 64 KiB.
     {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8 * kMiB},
-    // ... and then there is nothing to probe for. A probe is a ping for every few reads: without
-    // them frames of 256 KiB, sent both ways, cost half the processor time.
-    {GRPC_ARG_HTTP2_BDP_PROBE, 0},
     // Frames that wait are gathered up to this size before they are written (see Stream): a quarter
     // less processor time for frames of 32 and 64 KiB.
     {GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, kMiB},

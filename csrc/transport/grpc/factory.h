@@ -26,10 +26,11 @@ struct GrpcOptions {
   /// asynchronous services make their first request here. A tag on this queue must point to a
   /// GrpcTag.
   std::function<void(grpc::ServerCompletionQueue&)> serve;
-  /// The kernel's congestion control for every connection, by name ("reno", "bbr"); empty: the
-  /// system's. A name that the kernel does not have makes listen() and connects fail with a message
-  /// that lists those it has.
-  std::string congestion_control;
+  /// The kernel's congestion control for every connection: "auto" is reno where the kernel permits
+  /// it (short bursts both ways stall less with it: docs/performance.md), "system" is the host's
+  /// own, everything else a name ("bbr", "cubic"). A name that the kernel does not have makes
+  /// listen() and connects fail with a message that lists those it has.
+  std::string congestion_control = "auto";
 };
 
 /// What a completion queue hands back. Lives at least until complete() was called.

@@ -45,9 +45,12 @@ void set(int fd, int level, int option, T value) {
 }
 
 Status setCongestionControl(int fd, const std::string& name) {
-  if (name.empty()) return {};
-  if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name.data(),
-                 static_cast<socklen_t>(name.size())) == 0) {
+  if (name == "system") return {};
+  const bool any = name == "auto";
+  const std::string wanted = any ? "reno" : name;
+  if (setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, wanted.data(),
+                 static_cast<socklen_t>(wanted.size())) == 0 ||
+      any) {
     return {};
   }
   const int error = errno;
