@@ -34,9 +34,10 @@ from reducer._bench.units import parse_rate, parse_sizes
 
 EXIT_FAILED = 1
 EXIT_NOT_HERE = 2
-# So much at a time between two checks of the results: enough to time, little enough to hold.
-_TURN_BYTES_MAX = 64 << 20
-_TURN_COUNT_MAX = 40
+# So much at a time between two checks of the results: little enough to hold, and enough to time a job at work
+# instead of TCP's slow start after the others' turns.
+_TURN_BYTES_MAX = 512 << 20
+_TURN_COUNT_MIN, _TURN_COUNT_MAX = 4, 40
 _ROUNDS_MIN = 3
 _LOG_COLUMNS = 110
 
@@ -67,7 +68,7 @@ def cpu_times() -> tuple[float, float]:
 
 def turn_count(nbytes: int) -> int:
     """How many all-reduces of `nbytes` a contender runs before the next one has its turn."""
-    return max(1, min(_TURN_COUNT_MAX, _TURN_BYTES_MAX // (4 * nbytes)))
+    return max(_TURN_COUNT_MIN, min(_TURN_COUNT_MAX, _TURN_BYTES_MAX // (4 * nbytes)))
 
 
 def turn_seconds_max(nbytes: int, count: int, workers: int, rate: str | None) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ class Reducer:
 
     process: subprocess.Popen[str]
     address: str
+
+
+@dataclass(frozen=True)
+class ContenderResult:
+    """A turn's all-reduces: seconds of each, wrong results and CPU seconds of all ranks and reducers together."""
+
+    seconds: list[float]
+    wrong: int
+    cpu_s: float
 
 
 @dataclass
@@ -94,16 +104,20 @@ class Contender:
             self.workers.append(Worker(plan))
         self._gather("start", START_SECONDS_MAX + 5)
 
-    def run(self, turn: Turn, seconds_max: float) -> TurnResult:
-        """Runs one turn: the slowest rank's seconds, and all ranks' and reducers' other figures."""
+    def run(self, turn: Turn, seconds_max: float) -> ContenderResult:
+        """Runs one turn.
+
+        An all-reduce's time runs from when the last rank had the previous result to when the last rank has this one:
+        their sum is the turn's, and what ranks that were ahead have waited for the others is not counted twice.
+        """
         self._tell(turn)
         self._gather("prepare", seconds_max)
         reducers_cpu_s = self._reducers_cpu_s()
         self._tell("go")
         results: list[TurnResult] = self._gather("all-reduce", seconds_max)
-        slowest = [max(each) for each in zip(*(result.seconds for result in results), strict=True)]
-        return TurnResult(
-            slowest,
+        done_s = [max(each) for each in zip(*(result.done_s for result in results), strict=True)]
+        return ContenderResult(
+            [after - before for before, after in pairwise(done_s)],
             sum(result.wrong for result in results),
             sum(result.cpu_s for result in results) + self._reducers_cpu_s() - reducers_cpu_s,
         )

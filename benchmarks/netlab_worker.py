@@ -50,9 +50,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class TurnResult:
-    """Seconds of each all-reduce of a turn on one rank, wrong results, and the CPU time it all took."""
+    """When the lead-in and then each all-reduce of a turn was done on one rank (seconds of the machine's monotonic
+    clock), wrong results, and the CPU time it all took."""
 
-    seconds: list[float]
+    done_s: list[float]
     wrong: int
     cpu_s: float
 
@@ -155,14 +156,13 @@ def _run_turn(plan: WorkerPlan, turn: Turn, base: torch.Tensor, connection: Conn
     connection.send("prepared")
     connection.recv()
 
-    seconds = []
     cpu = time.process_time()
     # It also brings all ranks to the same point, whenever the scheduler woke each of them up.
     dist.all_reduce(lead_in)
+    done_s = [time.monotonic()]
     for tensor in tensors:
-        begin = time.perf_counter()
         dist.all_reduce(tensor)
-        seconds.append(time.perf_counter() - begin)
+        done_s.append(time.monotonic())
     cpu = time.process_time() - cpu
 
     ranks = plan.world_size
@@ -170,4 +170,4 @@ def _run_turn(plan: WorkerPlan, turn: Turn, base: torch.Tensor, connection: Conn
     for i, tensor in enumerate(tensors):
         expected = base.mul(ranks).add_(ranks * (ranks - 1) // 2 + ranks * i)
         wrong += int(not torch.equal(tensor, expected))
-    connection.send(TurnResult(seconds, wrong, cpu))
+    connection.send(TurnResult(done_s, wrong, cpu))

@@ -4,6 +4,7 @@
 #include <grpc/grpc.h>
 #include <grpc/support/log.h>
 
+#include <climits>
 #include <cstdlib>
 #include <utility>
 
@@ -30,6 +31,13 @@ constexpr std::pair<const char*, int> kArguments[] = {
     // delay, which are on by default: switched off, gRPC keeps the connection's window at 64 KiB,
     // and a writer waits for a window update for every 64 KiB.
     {GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8 * kMiB},
+    // The kernel probes idle connections (socket.cc). gRPC's own probe, which servers have by
+    // default, puts its timer back at every read.
+    {GRPC_ARG_KEEPALIVE_TIME_MS, INT_MAX},
+    // Nobody asks for these, and every message would pass through them.
+    {GRPC_ARG_ENABLE_CHANNELZ, 0},
+    {GRPC_ARG_ENABLE_PER_MESSAGE_COMPRESSION, 0},
+    {GRPC_ARG_ENABLE_DEADLINE_CHECKS, 0},
     // Frames that wait are gathered up to this size before they are written (see Stream): a quarter
     // less processor time for frames of 32 and 64 KiB.
     {GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, kMiB},
