@@ -106,6 +106,7 @@ def start_contenders(setting: Setting, cluster: Cluster, started: list[Contender
             if name in ("server", "mixed") and reducers:
                 contender.start_reducers(server_binary(), reducers, setting.threads)
             contender.start_workers(workers, "gloo" if name == "gloo" else "reducer", {})
+            contender.freeze()
         except NetlabError as error:
             _fail(contender, error, note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -110,17 +111,36 @@ class Contender:
         An all-reduce's time runs from when the last rank had the previous result to when the last rank has this one:
         their sum is the turn's, and what ranks that were ahead have waited for the others is not counted twice.
         """
-        self._tell(turn)
-        self._gather("prepare", seconds_max)
-        reducers_cpu_s = self._reducers_cpu_s()
-        self._tell("go")
-        results: list[TurnResult] = self._gather("all-reduce", seconds_max)
+        self.thaw()
+        try:
+            self._tell(turn)
+            self._gather("prepare", seconds_max)
+            reducers_cpu_s = self._reducers_cpu_s()
+            self._tell("go")
+            results: list[TurnResult] = self._gather("all-reduce", seconds_max)
+            reducers_cpu_s = self._reducers_cpu_s() - reducers_cpu_s
+        finally:
+            self.freeze()
         done_s = [max(each) for each in zip(*(result.done_s for result in results), strict=True)]
         return ContenderResult(
             [after - before for before, after in pairwise(done_s)],
             sum(result.wrong for result in results),
-            sum(result.cpu_s for result in results) + self._reducers_cpu_s() - reducers_cpu_s,
+            sum(result.cpu_s for result in results) + reducers_cpu_s,
         )
+
+    def freeze(self) -> None:
+        """Stops its processes where they are: a turn's processor time is all for the one whose turn it is."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets its processes go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            worker.send_signal(number)
+        for reducer in self.reducers:
+            reducer.process.send_signal(number)
 
     def _reducers_cpu_s(self) -> float:
         """CPU seconds that its standalone reducers have used since they started."""
@@ -166,6 +186,7 @@ class Contender:
 
     def stop(self) -> None:
         """Ends all its processes, gently where nothing has failed."""
+        self.thaw()
         if self.failure is None and self.workers:
             try:
                 self._tell(None)

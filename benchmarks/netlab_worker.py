@@ -92,6 +92,11 @@ class Worker:
         code = self._exit_code or 0
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends a signal, unless the process has been reaped."""
+        if self._exit_code is None:
+            os.kill(self.pid, number)
+
     def end(self) -> None:
         """Closes the connection, kills the process unless it ends very soon, and reaps it."""
         self.connection.close()
