@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cstdio>
 #include <limits>
-#include <thread>
 
 #include "collective/ring.h"
 #include "common/limits.h"
@@ -277,14 +276,17 @@ void GroupState::close() {
   for (const auto& link : links_) link->close();
 }
 
+void GroupState::onLinkClosed() {
+  const std::lock_guard lock(mutex_);
+  link_closed_.notify_all();
+}
+
 bool GroupState::waitClosed(Duration timeout) {
-  const auto deadline = Clock::now() + timeout;
-  while (
-      !std::all_of(links_.begin(), links_.end(), [](const auto& link) { return link->closed(); })) {
-    if (Clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return true;
+  std::unique_lock lock(mutex_);
+  return link_closed_.wait_for(lock, timeout, [this] {
+    return std::all_of(links_.begin(), links_.end(),
+                       [](const auto& link) { return link->closed(); });
+  });
 }
 
 GroupCounters GroupState::counters() {

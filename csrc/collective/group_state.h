@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
@@ -36,6 +37,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
 
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
+  void onLinkClosed() override;
 
   void abort(const Status& reason);
   void close();
@@ -75,6 +77,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
+  std::condition_variable link_closed_;
   std::unique_ptr<transport::Timer> ticker_;
 };
 

@@ -254,7 +254,10 @@ void Link::close() {
     connection = connection_;
     if (!opened_) closed_ = true;
   }
-  if (!connection) return;
+  if (!connection) {
+    if (const auto events = events_.lock()) events->onLinkClosed();
+    return;
+  }
   wire::Frame bye;
   bye.kind = wire::FrameKind::kBye;
   connection->send(bye, {});
@@ -278,8 +281,10 @@ void Link::onClosed(const Status& reason) {
     expected = closing_;
     connection.swap(connection_);
   }
-  if (expected) return;
-  if (const auto events = events_.lock()) events->onLinkDown(config_.owner, why);
+  const auto events = events_.lock();
+  if (!events) return;
+  if (!expected) events->onLinkDown(config_.owner, why);
+  events->onLinkClosed();
 }
 
 std::size_t Link::outstandingBytesMax() {

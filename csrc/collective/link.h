@@ -24,6 +24,8 @@ class LinkEvents {
   virtual void onOperationError(const wire::SlotId& slot, const Status& status) = 0;
   /// The owner is gone. Ok: it left in good order.
   virtual void onLinkDown(OwnerIndex owner, const Status& reason) = 0;
+  /// A link's closed() has turned true, whoever closed it.
+  virtual void onLinkClosed() = 0;
 };
 
 /// Thread safety: every method, from any thread.

@@ -11,6 +11,9 @@ inline constexpr std::uint32_t kProtocolVersion = 1;
 
 inline constexpr std::int32_t kMaxWorldSize = 4096;
 
+/// The name of a group instance on the wire: random bytes, so that two never have the same.
+inline constexpr std::size_t kJobBytes = 16;
+
 /// The smallest and the largest chunk that may be asked for by REDUCER_CHUNK_BYTES.
 inline constexpr std::size_t kMinChunkBytes = 4096;
 inline constexpr std::size_t kMaxChunkBytes = std::size_t{16} << 20;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 
+#include "common/limits.h"
 #include "server/local.h"
 #include "server/session.h"
 
@@ -41,6 +42,11 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
   const std::lock_guard lock(registry_mutex);
   const auto found = groups.find(hello.job);
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
+  if (hello.job.size() != kJobBytes) {
+    return Status(Code::kInvalidArgument, who + " named its job with " +
+                                              std::to_string(hello.job.size()) +
+                                              " bytes; a job has " + std::to_string(kJobBytes));
+  }
   if (found == groups.end()) {
     if (draining) {
       return Status(Code::kUnavailable,

@@ -132,6 +132,7 @@ void ReducerBackend::leave() {
 void ReducerBackend::shutdown() { leave(); }
 
 void ReducerBackend::abort() {
+  if (forked()) return;  // what there is to abort is the parent's
   const WithoutGil without_gil;
   std::shared_ptr<Session> session;
   {

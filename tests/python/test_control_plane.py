@@ -178,6 +178,15 @@ def test_different_calls_are_named_to_every_rank(open_stream: Callable[[], Excha
     assert [floats(stream.receive().payload) for stream in streams] == [[8.0], [8.0]]
 
 
+@pytest.mark.parametrize("job", [b"", b"short", b"x" * 17])
+def test_a_job_of_another_length_is_refused(open_stream: Callable[[], Exchange], job: bytes) -> None:
+    stream = open_stream()
+    stream.hello(job=job)
+    reply = stream.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INVALID_ARGUMENT)
+    assert f"{len(job)} bytes; a job has 16" in reply.text
+
+
 def test_memory_limit_refuses_a_group_that_does_not_fit() -> None:
     with serving("--memory-limit", "3MiB") as server, Client(server.address) as client:
         fits, too_much = client.exchange(), client.exchange()
