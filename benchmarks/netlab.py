@@ -54,6 +54,7 @@ class Setting:
     rounds: int | None
     budget_s: float
     threads: int
+    congestion_control: str
     output: Path
 
 
@@ -104,8 +105,9 @@ def start_contenders(setting: Setting, cluster: Cluster, started: list[Contender
         note(f"starting {name}")
         try:
             if name in ("server", "mixed") and reducers:
-                contender.start_reducers(server_binary(), reducers, setting.threads)
-            contender.start_workers(workers, "gloo" if name == "gloo" else "reducer", {})
+                contender.start_reducers(server_binary(), reducers, setting.threads, setting.congestion_control)
+            settings = {"REDUCER_CONGESTION_CONTROL": setting.congestion_control}
+            contender.start_workers(workers, "gloo" if name == "gloo" else "reducer", settings)
             contender.freeze()
         except NetlabError as error:
             _fail(contender, error, note)
@@ -231,6 +233,9 @@ def main(
     budget: Annotated[float, typer.Option(min=1, help="Seconds to measure for.")] = 180.0,
     limited: Annotated[bool, typer.Option("--limit/--no-limit", help="Limit the NICs.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a reducer.")] = 1,
+    congestion_control: Annotated[
+        str, typer.Option(help="Of reducer's connections; `system` is what Gloo has.")
+    ] = "auto",
     output: Annotated[Path, typer.Option(help="Where JSON and picture go.")] = Path("out"),
 ) -> None:
     """Gloo against ring, direct, server and mixed on emulated hosts with limited NICs."""
@@ -253,6 +258,7 @@ def main(
             rounds=iterations,
             budget_s=budget,
             threads=threads,
+            congestion_control=congestion_control,
             output=output,
         )
     except ValueError as error:

@@ -53,7 +53,7 @@ class Contender:
     def __post_init__(self) -> None:
         self._store = self.cluster.directory / f"{self.name}-store"
 
-    def start_reducers(self, binary: Path, labels: Sequence[str], threads: int) -> None:
+    def start_reducers(self, binary: Path, labels: Sequence[str], threads: int, congestion_control: str) -> None:
         """Starts a reducer on each host of `labels`. NetlabError if one does not come up."""
         for label in labels:
             address, namespace = (
@@ -66,6 +66,8 @@ class Contender:
                 f"{address}:0",
                 "--threads",
                 str(threads),
+                "--congestion-control",
+                congestion_control,
             ]
             with signals_held():
                 process = subprocess.Popen(
