@@ -16,12 +16,9 @@ constexpr std::uint64_t kAlign = 64;
 // frame is more than the time that its bytes take on a wire.
 constexpr std::uint64_t kSpreadBytes = 8192;
 
-// What a worker has in flight at one owner if nothing is set: many owners share its NIC and need
-// less each, few must cover the stalls of a host that does everything on two cores.
-// docs/performance.md has the measurements.
-constexpr std::size_t kWindowSquare = std::size_t{16} << 20;
-constexpr std::size_t kSmallestWindow = 1 << 20;
-constexpr std::size_t kLargestWindow = 4 << 20;
+// What a worker has in flight at one owner if nothing is set. More is not faster, and costs memory
+// at both ends: docs/performance.md has the measurements.
+constexpr std::size_t kWindowPerOwner = 1 << 20;
 
 // Chunks in flight per owner: on its way up, being summed, on its way down, for each side's jitter.
 constexpr std::size_t kChunksInFlight = 8;
@@ -80,9 +77,7 @@ ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::s
     weight_max_ = std::max(weight_max_, weight);
   }
   const std::size_t m = owners_.size();
-  const std::size_t window =
-      window_bytes != 0 ? window_bytes
-                        : m * std::clamp(kWindowSquare / (m * m), kSmallestWindow, kLargestWindow);
+  const std::size_t window = window_bytes != 0 ? window_bytes : m * kWindowPerOwner;
   if (chunk_bytes == 0) {
     const std::size_t share = scaled(window, weight_max_, weight_total_) / kChunksInFlight;
     chunk_bytes = std::clamp(share / 4096 * 4096, kSmallestAutoChunk, kLargestAutoChunk);

@@ -1,6 +1,4 @@
 // The standalone reducer: neither torch nor Python.
-#include <malloc.h>
-
 #include <csignal>
 #include <cstdio>
 #include <ctime>
@@ -35,16 +33,7 @@ bool waitForSignal(const sigset_t& signals, std::chrono::milliseconds timeout) {
   return sigtimedwait(&signals, nullptr, &wait) > 0;
 }
 
-/// Chunks come and go all the time: without this malloc gives their pages back to the kernel and
-/// takes them again, seven times as many page faults (docs/performance.md).
-void keepFreedMemory() {
-  constexpr int kKeptBytes = 64 << 20;
-  (void)mallopt(M_TRIM_THRESHOLD, kKeptBytes);
-  (void)mallopt(M_MMAP_THRESHOLD, kKeptBytes / 2);
-}
-
 int serve(const Options& options) {
-  keepFreedMemory();
   const sigset_t signals = blockSignals();
   Control control;
   transport::GrpcOptions grpc;

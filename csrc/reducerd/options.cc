@@ -57,7 +57,7 @@ std::string helpText() {
          "4)\n"
          "  --memory-limit SIZE  most memory promised to groups, as in 512MiB or 4GiB (default: "
          "half of this host's);\n"
-         "                       a group of n workers needs 2 x n x window, 2 to 8 MiB per worker "
+         "                       a group of n workers needs 2 x n x window, about 2 MiB per worker "
          "by default\n"
          "  --grace SECONDS      after SIGTERM, how long groups at work may finish (default 30)\n"
          "  --congestion-control NAME\n"
