@@ -55,6 +55,7 @@ class Setting:
     budget_s: float
     threads: int
     congestion_control: str
+    host_congestion_control: str | None
     output: Path
 
 
@@ -173,7 +174,7 @@ def run(setting: Setting, console: Console) -> int:
     labels = [f"w{i}" for i in range(setting.workers)] + [f"r{i}" for i in range(setting.reducers)]
     contenders: list[Contender] = []
     limit = setting.rate or "no limit"
-    with Cluster(labels, setting.rate) as cluster:
+    with Cluster(labels, setting.rate, setting.host_congestion_control) as cluster:
         line = line_rate(cluster, labels[0], labels[-1])
         console.print(
             f"{setting.workers} workers and {setting.reducers} reducers ({limit} each); "
@@ -236,6 +237,9 @@ def main(
     congestion_control: Annotated[
         str, typer.Option(help="Of reducer's connections; `system` is what Gloo has.")
     ] = "auto",
+    host_congestion_control: Annotated[
+        str | None, typer.Option(help="The emulated hosts' own, as `reno` (default: this machine's).")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where JSON and picture go.")] = Path("out"),
 ) -> None:
     """Gloo against ring, direct, server and mixed on emulated hosts with limited NICs."""
@@ -259,6 +263,7 @@ def main(
             budget_s=budget,
             threads=threads,
             congestion_control=congestion_control,
+            host_congestion_control=host_congestion_control,
             output=output,
         )
     except ValueError as error:

@@ -143,10 +143,13 @@ def remove_leftovers() -> list[str]:
 class Cluster:
     """Hosts on one switch. A context manager: leaving it removes every namespace that it made."""
 
-    def __init__(self, labels: list[str], rate: str | None) -> None:
-        """Hosts named by `labels` (letters, digits); `rate` as `tc` writes it, None: unlimited."""
+    def __init__(self, labels: list[str], rate: str | None, congestion_control: str | None = None) -> None:
+        """Hosts named by `labels` (letters, digits); `rate` as `tc` writes it, None: unlimited; `congestion_control` of
+        the hosts' TCP, None: this machine's.
+        """
         self._owner = os.getpid()
         self._rate = rate
+        self._congestion_control = congestion_control
         self.labels = labels
         self._made: list[str] = []
         self.directory = Path(tempfile.gettempdir()) / f"{PREFIX}-{self._owner}"
@@ -198,6 +201,16 @@ class Cluster:
                 ["ip", "-n", self.namespace(label), "-batch", "-"],
                 "\n".join(lines) + "\n",
             )
+        if self._congestion_control is not None:
+            write = [
+                "sh",
+                "-c",
+                'echo "$1" > /proc/sys/net/ipv4/tcp_congestion_control',
+                "sh",
+                self._congestion_control,
+            ]
+            for label in self.labels:
+                _command(["ip", "netns", "exec", self.namespace(label), *write])
         # A switch has no packet filter: where the kernel would ask it for every frame, it need not.
         setting = "/proc/sys/net/bridge/bridge-nf-call-iptables"
         unfiltered = f"if [ -w {setting} ]; then echo 0 > {setting}; fi"

@@ -166,6 +166,20 @@ def test_a_tiny_run_of_each_contender(tmp_path: Path, contender: str) -> None:
 
 
 @pytest.mark.usefixtures("_namespaces")
+def test_the_hosts_have_the_congestion_control_that_was_asked_for() -> None:
+    with cluster.Cluster(["w0"], None, "reno") as lab:
+        read = ["ip", "netns", "exec", lab.namespace("w0"), "cat", "/proc/sys/net/ipv4/tcp_congestion_control"]
+        assert subprocess.run(read, capture_output=True, text=True, timeout=30, check=True).stdout == "reno\n"
+    with (
+        pytest.raises(cluster.NetlabError, match="nosuch"),
+        cluster.Cluster(["w0"], None, "nosuch"),
+    ):
+        pass
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert f"-{os.getpid()}-" not in listed
+
+
+@pytest.mark.usefixtures("_namespaces")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(BENCHMARKS / "netlab.py"), "--output", str(tmp_path)]
