@@ -97,24 +97,27 @@ class GroupHandle final : public Group {
   void allGather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
                  DataType dtype, CallOptions options, Done done) override {
     if (!checkSize("outs", outs.size(), done) || !checkSize("counts", counts.size(), done)) return;
-    const wire::Call call = makeCall(Collective::kAllGather, ReduceOp::kNone, dtype, sum(counts));
+    const wire::Call call = makeCall(options.shown_as.value_or(Collective::kAllGather),
+                                     ReduceOp::kNone, dtype, sum(counts));
+    const std::uint64_t lane =
+        options.second_step ? wire::stepLane(*options.second_step) : wire::kCollectiveLane;
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
-                [&](std::uint64_t seq) {
-                  std::vector<Transfer> transfers = compared(seq);
-                  for (Rank r = 0; r < n_; ++r) {
-                    if (counts[r] == 0) continue;
-                    Transfer part = owned(r, counts[r] * sizeOf(dtype));
-                    part.pusher = r;
-                    if (r == rank_) {
-                      part.in = bytes(in);
-                    } else {
-                      part.out = bytes(outs[r]);
-                    }
-                    transfers.push_back(std::move(part));
-                  }
-                  return transfers;
-                });
+    state_->run(call, lane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+      std::vector<Transfer> transfers = compared(seq);
+      for (Rank r = 0; r < n_; ++r) {
+        if (counts[r] == 0) continue;
+        Transfer part = owned(r, counts[r] * sizeOf(dtype));
+        part.pusher = r;
+        if (r == rank_) {
+          part.in = bytes(in);
+        } else {
+          part.out = bytes(outs[r]);
+        }
+        transfers.push_back(std::move(part));
+      }
+      for (Transfer& transfer : transfers) transfer.lane = lane;
+      return transfers;
+    });
   }
 
   void reduceScatter(std::span<const void* const> ins, void* out,
@@ -203,12 +206,21 @@ class GroupHandle final : public Group {
 
   void send(const void* in, std::size_t count, DataType dtype, Rank to, std::uint32_t tag,
             CallOptions options, Done done) override {
-    pair(rank_, to, to, count, dtype, tag, in, nullptr, std::move(options), std::move(done));
+    if (!checkPeer(to, done)) return;
+    pair(state_, rank_, to, count, dtype, tag, in, nullptr, std::move(options), std::move(done));
   }
 
   void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag,
             CallOptions options, Done done) override {
-    pair(from, rank_, from, count, dtype, tag, nullptr, out, std::move(options), std::move(done));
+    if (!checkPeer(from, done)) return;
+    receive(from, out, count, dtype, tag, std::move(options),
+            [done = std::move(done)](const Status& status, Rank) { done(status); });
+  }
+
+  void recvAny(void* out, std::size_t count, DataType dtype, std::uint32_t tag, CallOptions options,
+               Received done) override {
+    if (n_ == 1) return done(invalid("there is no other rank to receive from"), 0);
+    receive(kAllRanks, out, count, dtype, tag, std::move(options), std::move(done));
   }
 
   Rank rank() const override { return rank_; }
@@ -258,25 +270,41 @@ class GroupHandle final : public Group {
     transfers.push_back(std::move(part));
   }
 
-  void pair(Rank from, Rank to, Rank peer, std::size_t count, DataType dtype, std::uint32_t tag,
-            const void* in, void* out, CallOptions options, Done done) {
-    if (!checkRank("peer", peer, done)) return;
-    if (peer == rank_) {
-      done(invalid("rank " + std::to_string(rank_) + " cannot send to or receive from itself"));
-      return;
-    }
+  void receive(Rank from, void* out, std::size_t count, DataType dtype, std::uint32_t tag,
+               CallOptions options, Received done) {
+    const wire::Call call = makeCall(Collective::kSendRecv, ReduceOp::kNone, dtype, count);
+    const auto timeout = options.timeout;
+    auto shared = std::make_shared<Received>(std::move(done));
+    state_->receive(
+        from, tag, call, timeout,
+        [=, state = state_, me = rank_, options = std::move(options)](
+            Rank sender, std::optional<std::uint64_t> number) {
+          pair(
+              state, sender, me, count, dtype, tag, nullptr, out, options,
+              [shared, sender](const Status& status) { (*shared)(status, sender); }, number);
+        },
+        [shared](const Status& status) { (*shared)(status, 0); });
+  }
+
+  // A receive may start after the handle's end.
+  static void pair(const std::shared_ptr<GroupState>& state, Rank from, Rank to, std::size_t count,
+                   DataType dtype, std::uint32_t tag, const void* in, void* out,
+                   CallOptions options, Done done, std::optional<std::uint64_t> number = {}) {
     const wire::Call call = makeCall(Collective::kSendRecv, ReduceOp::kNone, dtype, count);
     const std::uint64_t lane = wire::pairLane(from, to, tag);
-    state_->run(call, lane, std::move(options), std::move(done), [&](std::uint64_t) {
-      Transfer all;
-      all.plan = state_->map().planFor(to, count * sizeOf(dtype));
-      all.lane = lane;
-      all.pusher = from;
-      all.puller = to;
-      all.in = bytes(in);
-      all.out = bytes(out);
-      return std::vector<Transfer>{std::move(all)};
-    });
+    state->run(
+        call, lane, std::move(options), std::move(done),
+        [&](std::uint64_t) {
+          Transfer all;
+          all.plan = state->map().planFor(to, count * sizeOf(dtype));
+          all.lane = lane;
+          all.pusher = from;
+          all.puller = to;
+          all.in = bytes(in);
+          all.out = bytes(out);
+          return std::vector<Transfer>{std::move(all)};
+        },
+        number);
   }
 
   static bool checkOp(ReduceOp op, DataType dtype, const Done& done) {
@@ -288,6 +316,11 @@ class GroupHandle final : public Group {
     if (rank >= 0 && rank < n_) return true;
     done(invalid(std::string(what) + " is " + std::to_string(rank) +
                  ", but the ranks of this group are 0 to " + std::to_string(n_ - 1)));
+    return false;
+  }
+  bool checkPeer(Rank peer, const Done& done) const {
+    if (peer != rank_) return checkRank("peer", peer, done);
+    done(invalid("rank " + std::to_string(rank_) + " cannot send to or receive from itself"));
     return false;
   }
   bool checkSize(const char* what, std::size_t size, const Done& done) const {
@@ -303,6 +336,23 @@ class GroupHandle final : public Group {
 };
 
 }  // namespace
+
+std::string derivedJob(const std::string& parent, const std::string& text) {
+  std::string job(16, '\0');
+  for (int half = 0; half < 2; ++half) {
+    // FNV-1a with two offsets, then a finalizer that spreads every input bit over all 64.
+    std::uint64_t hash =
+        0xCBF29CE484222325ULL + static_cast<std::uint64_t>(half) * 0x9E3779B97F4A7C15ULL;
+    for (const std::string* part : {&parent, &text}) {
+      for (const char c : *part) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3ULL;
+    }
+    hash = (hash ^ (hash >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    hash = (hash ^ (hash >> 27)) * 0x94D049BB133111EBULL;
+    hash ^= hash >> 31;
+    std::memcpy(job.data() + half * sizeof hash, &hash, sizeof hash);
+  }
+  return job;
+}
 
 Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Transport& transport,
                                              server::ReducerServer& local) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -37,11 +38,22 @@ struct CallOptions {
   /// Kept until no byte of inputs and outputs is used any more (which may be after a failed call's
   /// `done`).
   std::shared_ptr<const void> keepalive;
+  /// What the ranks compare and errors name, where a collective is made of another.
+  std::optional<Collective> shown_as;
+  /// Number of a collective's second step (whose size the first step told), equal on all ranks. It
+  /// may start at any time, and does not count as a call in the order of calls.
+  std::optional<std::uint64_t> second_step;
 };
+
+/// The job of a group that is made out of another without a word between its ranks: equal on all
+/// ranks that give the same parent and the same text, and different from all others.
+std::string derivedJob(const std::string& parent, const std::string& text);
 
 /// Called exactly once per operation, from any thread, perhaps before the call that started the
 /// operation returns. Must not block and must not throw.
 using Done = std::function<void(const Status&)>;
+/// The same for a receive; `from` is valid if the status is Ok.
+using Received = std::function<void(const Status&, Rank from)>;
 
 struct GroupCounters {
   std::uint64_t operations = 0;
@@ -101,6 +113,10 @@ class Group {
                     CallOptions options, Done done) = 0;
   virtual void recv(void* out, std::size_t count, DataType dtype, Rank from, std::uint32_t tag,
                     CallOptions options, Done done) = 0;
+  /// From the rank whose send of this tag comes first. Receives of one tag get sends in their
+  /// order, as in MPI.
+  virtual void recvAny(void* out, std::size_t count, DataType dtype, std::uint32_t tag,
+                       CallOptions options, Received done) = 0;
 
   virtual Rank rank() const = 0;
   virtual std::int32_t worldSize() const = 0;

@@ -91,9 +91,14 @@ void GroupState::start() {
   });
 }
 
+std::uint64_t GroupState::nextNumber(std::uint64_t lane) {
+  if (lane == wire::kCollectiveLane) return sequence_++;
+  return wire::isStepLane(lane) ? 0 : pair_sequences_[lane]++;
+}
+
 template <class Make>
 void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
-                        Make make) {
+                        std::optional<std::uint64_t> number, Make make) {
   std::shared_ptr<Operation> operation;
   Status status;
   std::vector<OwnerIndex> owners;
@@ -101,8 +106,8 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
     const std::lock_guard lock(mutex_);
     status = broken_;
     if (status.ok()) {
-      const std::uint64_t seq =
-          lane == wire::kCollectiveLane ? sequence_++ : pair_sequences_[lane]++;
+      const std::uint64_t seq = number ? *number : nextNumber(lane);
+      if (wire::isPairLane(lane)) receives_.taken(wire::tagOf(lane), wire::senderOf(lane), seq);
       const OperationId id{lane, seq};
       Operation::Info info;
       info.call = call;
@@ -152,8 +157,8 @@ void GroupState::pump(const std::vector<OwnerIndex>& owners) {
 }
 
 void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
-                     const Cut& cut) {
-  launch(call, lane, std::move(options), std::move(done),
+                     const Cut& cut, std::optional<std::uint64_t> number) {
+  launch(call, lane, std::move(options), std::move(done), number,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            std::vector<Transfer> transfers = cut(info.seq);
            const auto exchange = std::make_shared<Exchange>(std::move(info), std::move(transfers));
@@ -171,7 +176,7 @@ void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions opt
 }
 
 void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done) {
-  launch(call, wire::kCollectiveLane, std::move(options), std::move(done),
+  launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const OwnerIndex next = (config_.rank + 1) % config_.world_size;
            const auto ring =
@@ -185,6 +190,63 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions opt
            queued.emplace_back(map_.coordinator(ring->info().seq), ring->comparison());
            return queued;
          });
+}
+
+// ------------------------------------------------------------------ receives from any rank
+
+std::vector<Receives::Match> GroupState::matchReceives(std::uint32_t tag) {
+  return receives_.match(tag, [&](Rank from, std::uint64_t seq) {
+    std::uint64_t& next = pair_sequences_[wire::pairLane(from, config_.rank, tag)];
+    if (seq != next) return false;
+    ++next;
+    return true;
+  });
+}
+
+void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
+                         std::function<void(Rank, std::optional<std::uint64_t>)> start,
+                         std::function<void(const Status&)> fail) {
+  std::vector<Receives::Match> matches;
+  Status status;
+  {
+    const std::lock_guard lock(mutex_);
+    status = broken_;
+    if (status.ok() && (from == kAllRanks || receives_.waiting(tag))) {
+      char waited[32];
+      std::snprintf(waited, sizeof waited, "%.1f s",
+                    std::chrono::duration<double>(timeout).count());
+      const std::string whom =
+          from == kAllRanks ? "any rank" : "rank " + std::to_string(from) + " (behind another)";
+      const std::string late = engine::describe(call) + " from " + whom + ", tag " +
+                               std::to_string(tag) + ", in group '" + config_.name +
+                               "': nothing was sent within " + waited + "; here is rank " +
+                               std::to_string(config_.rank) + " (" + config_.host + ")";
+      Receives::Request request;
+      request.from = from;
+      request.deadline = transport_.now() + timeout;
+      request.start = std::move(start);
+      request.fail = [fail = std::move(fail), late](const Status& why) {
+        fail(why.ok() ? Status(Code::kTimeout, late) : why);
+      };
+      receives_.add(tag, std::move(request));
+      matches = matchReceives(tag);
+      start = nullptr;
+    }
+  }
+  if (!status.ok()) return fail(status);
+  if (start) return start(from, std::nullopt);
+  for (const Receives::Match& match : matches) match.request.start(match.from, match.seq);
+}
+
+void GroupState::onArrived(const wire::SlotId& slot) {
+  std::vector<Receives::Match> matches;
+  {
+    const std::lock_guard lock(mutex_);
+    if (slot.seq < pair_sequences_[slot.lane]) return;  // a receive came meanwhile
+    receives_.arrived(wire::tagOf(slot.lane), wire::senderOf(slot.lane), slot.seq);
+    matches = matchReceives(wire::tagOf(slot.lane));
+  }
+  for (const Receives::Match& match : matches) match.request.start(match.from, match.seq);
 }
 
 // ------------------------------------------------------------------ failure
@@ -232,10 +294,13 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
 }
 
 void GroupState::abort(const Status& reason) {
+  std::vector<Receives::Request> unmatched;
   {
     const std::lock_guard lock(mutex_);
     if (broken_.ok()) broken_ = reason;
+    unmatched = receives_.clear();
   }
+  for (const Receives::Request& request : unmatched) request.fail(reason);
   for (const auto& operation : operations()) fail(operation, reason);
 }
 
@@ -256,6 +321,12 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
 }
 
 void GroupState::tick(TimePoint now) {
+  std::vector<Receives::Request> late;
+  {
+    const std::lock_guard lock(mutex_);
+    late = receives_.late(now);
+  }
+  for (const Receives::Request& request : late) request.fail(Status());
   for (const auto& operation : operations()) {
     const auto& info = operation->info();
     if (now - info.started < info.options.timeout + kGrace) continue;

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "collective/group.h"
 #include "collective/link.h"
 #include "collective/operation.h"
+#include "collective/receives.h"
 #include "collective/shard_map.h"
 
 namespace reducer::collective {
@@ -30,13 +32,20 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   /// Cuts one operation: gets its number, returns its transfers.
   using Cut = std::function<std::vector<Transfer>(std::uint64_t seq)>;
 
-  /// Numbers the operation in its lane and starts it.
+  /// Numbers the operation in its lane (or takes the number that is given) and starts it.
   void run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
-           const Cut& cut);
+           const Cut& cut, std::optional<std::uint64_t> number = {});
+  /// Starts a receive from rank `from`, or kAllRanks: from the rank whose send comes first. A
+  /// receive with a sender starts at once, unless one from any rank waits before it. `start` gets
+  /// the sender and the number in the pair's lane, none: it is to be numbered as usual.
+  void receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
+               std::function<void(Rank from, std::optional<std::uint64_t> number)> start,
+               std::function<void(const Status&)> fail);
   void runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done);
 
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
+  void onArrived(const wire::SlotId& slot) override;
   void onLinkClosed() override;
 
   void abort(const Status& reason);
@@ -58,7 +67,11 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   /// link has the operations in the order of their numbers.
   template <class Make>
   void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
-              Make make);
+              std::optional<std::uint64_t> number, Make make);
+  /// Of an operation that starts now. Called with the lock held.
+  std::uint64_t nextNumber(std::uint64_t lane);
+  /// Called with the lock held; its result is to be started without.
+  std::vector<Receives::Match> matchReceives(std::uint32_t tag);
   void pump(const std::vector<OwnerIndex>& owners);
   void fail(const std::shared_ptr<Operation>& operation, const Status& status);
   void tick(TimePoint now);
@@ -75,6 +88,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   std::mutex mutex_;
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
+  Receives receives_;
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::condition_variable link_closed_;

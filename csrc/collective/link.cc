@@ -130,6 +130,9 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       welcome_ = true;
       break;
     }
+    case wire::FrameKind::kArrived:
+      if (const auto events = events_.lock()) events->onArrived(frame.slot);
+      break;
     default:
       break;  // a reducer has nothing else to say
   }

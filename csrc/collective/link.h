@@ -24,6 +24,8 @@ class LinkEvents {
   virtual void onOperationError(const wire::SlotId& slot, const Status& status) = 0;
   /// The owner is gone. Ok: it left in good order.
   virtual void onLinkDown(OwnerIndex owner, const Status& reason) = 0;
+  /// A send to this rank waits in its own reducer, and came before any receive.
+  virtual void onArrived(const wire::SlotId& slot) = 0;
   /// A link's closed() has turned true, whoever closed it.
   virtual void onLinkClosed() = 0;
 };

@@ -101,6 +101,8 @@ std::string_view nameOf(Collective collective) noexcept {
       return "all_to_all";
     case Collective::kSendRecv:
       return "send/recv";
+    case Collective::kSparseAllReduce:
+      return "all_reduce of sparse tensors";
   }
   return "?";
 }

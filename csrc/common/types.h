@@ -55,6 +55,7 @@ enum class Collective : std::uint8_t {
   kScatter = 8,
   kAllToAll = 9,
   kSendRecv = 10,
+  kSparseAllReduce = 11,
 };
 
 /// Bytes of one element; 0 for a number that is no DataType (as a peer may send).

@@ -91,6 +91,7 @@ std::string Engine::nameOperation(const Group& group, const wire::Frame& head) {
             " #" + std::to_string(head.slot.seq);
     return text;
   }
+  if (wire::isStepLane(head.slot.lane)) return text + "the second step of a collective";
   return text + "collective #" + std::to_string(head.slot.seq);
 }
 
@@ -136,7 +137,7 @@ std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint
 
 // ------------------------------------------------------------------ membership
 
-void Engine::join(const PeerRef& peer, const wire::Hello& hello) {
+void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& actions) {
   std::unique_ptr<Group>& group = groups_[hello.job];
   if (!group) {
     group = std::make_unique<Group>();
@@ -147,6 +148,21 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello) {
   group->members[hello.rank] = Member{peer, hello.host, false, {}};
   ++group->connected;
   places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
+  if (!peer->in_process) return;
+  for (const auto& [id, slot] : group->slots) tellReceiver(*group, *slot, actions);
+}
+
+// A receive from any rank has to learn who sends. The receiver is in this process, so that costs no
+// frame on the network.
+void Engine::tellReceiver(const Group& group, const Slot& slot, Actions& actions) {
+  const wire::SlotId& id = slot.head.slot;
+  if (!wire::isPairLane(id.lane) || id.chunk != 0 || slot.head.puller == kAllRanks) return;
+  const PeerRef& receiver = group.members[slot.head.puller].peer;
+  if (!receiver || !receiver->in_process || slot.arrived[slot.head.puller]) return;
+  wire::Frame notice;
+  notice.kind = wire::FrameKind::kArrived;
+  notice.slot = id;
+  actions.sends.push_back(Outgoing{receiver, std::move(notice), {}, false});
 }
 
 void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
@@ -273,7 +289,10 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
   }
 
   std::unique_ptr<Slot>& entry = group.slots[frame.slot];
-  if (!entry) entry = newSlot(group, frame, now);
+  if (!entry) {
+    entry = newSlot(group, frame, now);
+    if (frame.puller != rank) tellReceiver(group, *entry, actions);
+  }
   Slot& slot = *entry;
   if (slot.arrived[rank]) {
     return broken("rank " + std::to_string(rank) + " pushed chunk " +
@@ -296,7 +315,7 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   slot.arrived[rank] = 1;
   slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
   if (slot.mismatch) {
-    const std::size_t all = frame.slot.lane == 0 ? group.members.size() : 2;
+    const std::size_t all = wire::isEverybodys(frame.slot.lane) ? group.members.size() : 2;
     if (slot.arrivals.size() >= all) {
       fail(group, slot.head, Code::kMismatch, describeMismatch(group, slot), actions);
     }

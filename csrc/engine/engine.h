@@ -91,7 +91,7 @@ class Engine {
  public:
   /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the
   /// hello.
-  void join(const PeerRef& peer, const wire::Hello& hello);
+  void join(const PeerRef& peer, const wire::Hello& hello, Actions& actions);
 
   /// `peer` is gone. `why` is ok if it left in good order. Fails the slots that still wait for it.
   void leave(const PeerRef& peer, const Status& why, Actions& actions);
@@ -162,6 +162,7 @@ class Engine {
   static std::string describeMismatch(const Group& group, const Slot& slot);
   static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);
   static Failure* findFailure(Group& group, OperationId id);
+  static void tellReceiver(const Group& group, const Slot& slot, Actions& actions);
 
   std::unique_ptr<Slot> newSlot(const Group& group, const wire::Frame& frame, TimePoint now);
   void drop(std::unique_ptr<Slot> slot);

@@ -25,7 +25,8 @@ EngineProbe::EngineProbe(int ranks, std::size_t chunk_bytes, std::size_t buffer_
     hello.job = "0123456789abcdef";
     hello.rank = rank;
     hello.world_size = ranks;
-    engine_.join(workers_.back(), hello);
+    engine::Actions none;
+    engine_.join(workers_.back(), hello, none);
   }
 }
 

@@ -39,6 +39,14 @@ ServerState::ServerState(transport::Transport& t, ServerOptions o)
 }
 
 Status ServerState::join(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
+  engine::Actions actions;
+  Status status = admit(session, hello, actions);
+  perform(std::move(actions));
+  return status;
+}
+
+Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
+                          engine::Actions& actions) {
   const std::lock_guard lock(registry_mutex);
   const auto found = groups.find(hello.job);
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
@@ -94,7 +102,7 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
   sessions.insert(session);
   for (const auto& shard : shards) {
     const std::lock_guard shard_lock(shard->mutex);
-    shard->engine.join(session, hello);
+    shard->engine.join(session, hello, actions);
   }
   return {};
 }

@@ -39,6 +39,9 @@ struct ServerState {
 
   /// Takes the worker in, or says why not.
   Status join(const std::shared_ptr<Session>& session, const wire::Hello& hello);
+  /// The part of join() that needs the registry's lock.
+  Status admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
+               engine::Actions& actions);
   void leave(const std::shared_ptr<Session>& session, const wire::Hello& hello, const Status& why);
   Status push(const std::shared_ptr<Session>& session, const wire::Frame& frame, Payload payload);
   Status cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame);

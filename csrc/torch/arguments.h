@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
 #include <c10/util/Exception.h>
 
 #include <cstddef>
@@ -49,6 +50,25 @@ inline std::optional<DataType> dataTypeOf(at::ScalarType type) {
   }
 }
 
+/// What carries the bytes of a dtype that nothing is computed in (uint16, float4, ...), by its
+/// size.
+inline std::optional<DataType> carrierOf(std::size_t element_size) {
+  switch (element_size) {
+    case 1:
+      return DataType::kUInt8;
+    case 2:
+      return DataType::kInt16;
+    case 4:
+      return DataType::kInt32;
+    case 8:
+      return DataType::kInt64;
+    case 16:
+      return DataType::kComplex128;
+    default:
+      return std::nullopt;
+  }
+}
+
 /// The checks of one call. Raises ValueError, TypeError or NotImplementedError in Python.
 class Arguments {
  public:
@@ -58,19 +78,36 @@ class Arguments {
 
   const std::string& prefix() const { return prefix_; }
 
-  /// A dense CPU tensor of a dtype that can travel.
+  /// A dense tensor, of the host or of an accelerator. What has no DataType travels as bytes.
   DataType tensor(const char* name, const at::Tensor& tensor) const {
     TORCH_CHECK_VALUE(tensor.defined(), prefix_, name, " is no tensor");
     TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, prefix_, name, " is a ", tensor.layout(),
-                     " tensor; only dense (strided) tensors are supported, use to_dense()");
+                     " tensor; only dense (strided) tensors are supported here, use to_dense()");
+    TORCH_CHECK_TYPE(!tensor.is_quantized(), prefix_, name, " is quantized (", tensor.scalar_type(),
+                     "); send int_repr(), scale and zero point instead");
+    TORCH_CHECK_TYPE(tensor.is_cpu() || at::accelerator::isAccelerator(tensor.device().type()),
+                     prefix_, name, " is on the device ", tensor.device(),
+                     "; CPU and accelerator tensors are supported, use tensor.cpu()");
     const std::optional<DataType> dtype = dataTypeOf(tensor.scalar_type());
-    TORCH_CHECK_TYPE(dtype.has_value(), prefix_, name, " has the dtype ", tensor.scalar_type(),
-                     ", which is not supported; there are float16, bfloat16, float32, float64, "
-                     "int8, int16, int32, "
-                     "int64, uint8, bool, complex64 and complex128");
-    TORCH_CHECK_TYPE(tensor.device().is_cpu(), prefix_, name, " is on the device ", tensor.device(),
-                     "; only CPU tensors are supported so far, use tensor.cpu()");
-    return *dtype;
+    if (dtype) return *dtype;
+    const std::optional<DataType> carrier = carrierOf(tensor.element_size());
+    TORCH_CHECK_TYPE(carrier.has_value(), prefix_, name, " has the dtype ", tensor.scalar_type(),
+                     ", which is not supported");
+    return *carrier;
+  }
+
+  /// All tensors of a call are in the memory of one device.
+  void oneDevice(const std::vector<at::Tensor>& inputs,
+                 const std::vector<at::Tensor>& outputs) const {
+    const at::Tensor* first = nullptr;
+    for (const auto* tensors : {&inputs, &outputs}) {
+      for (const at::Tensor& tensor : *tensors) {
+        if (first == nullptr) first = &tensor;
+        TORCH_CHECK_VALUE(tensor.device() == first->device(), prefix_,
+                          "the tensors are on different devices: ", first->device(), " and ",
+                          tensor.device());
+      }
+    }
   }
 
   /// The only tensor of a list that torch makes of one.
@@ -137,17 +174,36 @@ class Arguments {
     return static_cast<std::uint32_t>(tag);
   }
 
-  ReduceOp op(const c10d::ReduceOp& op, DataType dtype) const {
+  ReduceOp op(const c10d::ReduceOp& op, const at::Tensor& tensor) const {
     const ReduceOp known = knownOp(op);
-    TORCH_CHECK_TYPE(supports(known, dtype), prefix_, "the operation '", nameOf(known),
-                     "' has no meaning on the dtype ", nameOf(dtype));
+    const std::optional<DataType> dtype = dataTypeOf(tensor.scalar_type());
+    TORCH_CHECK_TYPE(dtype.has_value(), prefix_, "nothing can be computed in the dtype ",
+                     tensor.scalar_type(), "; it can only be moved");
+    TORCH_CHECK_TYPE(supports(known, *dtype), prefix_, "the operation '", nameOf(known),
+                     "' has no meaning on the dtype ", nameOf(*dtype));
     return known;
+  }
+
+  /// PREMUL_SUM's factor for this tensor, of no dimension; undefined for other operations.
+  at::Tensor factor(const c10d::ReduceOp& op, const at::Tensor& tensor) const {
+    if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return {};
+    const auto* premul = dynamic_cast<const c10d::PreMulSumSupplement*>(op.supplement_.get());
+    TORCH_CHECK_VALUE(premul != nullptr, prefix_, "PREMUL_SUM came without its factor");
+    TORCH_CHECK_TYPE(tensor.is_floating_point() || tensor.is_complex(), prefix_,
+                     "PREMUL_SUM wants floating-point or complex tensors, not ",
+                     tensor.scalar_type());
+    const at::NoGradGuard no_grad;
+    if (premul->tensor_factor.defined()) {
+      return premul->tensor_factor.detach().reshape({}).to(tensor.device());
+    }
+    return at::scalar_tensor(premul->double_factor, at::kDouble);
   }
 
  private:
   ReduceOp knownOp(const c10d::ReduceOp& op) const {
     switch (op.op_) {
       case c10d::ReduceOp::SUM:
+      case c10d::ReduceOp::PREMUL_SUM:  // the factor is the caller's side of it
         return ReduceOp::kSum;
       case c10d::ReduceOp::AVG:
         return ReduceOp::kAvg;
@@ -166,10 +222,9 @@ class Arguments {
       default:
         break;
     }
-    TORCH_CHECK_VALUE(
-        false, prefix_, "the operation ",
-        op.op_ == c10d::ReduceOp::PREMUL_SUM ? "PREMUL_SUM" : "UNUSED",
-        " is not supported; there are SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR and BXOR");
+    TORCH_CHECK_VALUE(false, prefix_,
+                      "this operation is not supported; there are SUM, AVG, "
+                      "PRODUCT, MIN, MAX, BAND, BOR, BXOR and PREMUL_SUM");
   }
 
   const std::string prefix_;

@@ -1,170 +1,38 @@
 #include "torch/backend.h"
 
-#include <Python.h>
-#include <unistd.h>
-
+#include <algorithm>
 #include <utility>
 
 #include "torch/splits.h"
-#include "torch/work.h"
 
 namespace reducer::torch_backend {
-namespace {
 
 using c10d::OpType;
 using collective::CallOptions;
 using collective::Done;
 using collective::Group;
 
-// How long the goodbyes may take: a peer that does not answer cannot hold up the end of a group.
-constexpr auto kGoodbye = std::chrono::seconds(5);
+namespace {
 
-/// Lets others have the GIL while this thread joins threads; does nothing if this thread does not
-/// hold it.
-class WithoutGil {
- public:
-  WithoutGil() : state_(Py_IsInitialized() && PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
-  ~WithoutGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
+// Of a device's tensor, copied and sent as one: large enough for the copy's own cost not to show,
+// small enough for copies and network to overlap in a bucket of DDP (25 MiB).
+constexpr std::size_t kSegmentBytes = std::size_t{4} << 20;
 
- private:
-  PyThreadState* const state_;
-};
-
-/// The backends of this process, for shutdownAll().
-struct Registry {
-  std::mutex mutex;
-  std::vector<c10::weak_intrusive_ptr<ReducerBackend>> backends;
-};
-Registry& registry() {
-  static Registry* const all = new Registry;  // never destroyed: backends may outlive the statics
-  return *all;
-}
-
-void enlist(const c10::intrusive_ptr<ReducerBackend>& backend) {
-  Registry& all = registry();
-  const std::lock_guard lock(all.mutex);
-  std::erase_if(all.backends, [](const auto& other) { return other.expired(); });
-  all.backends.emplace_back(backend);
+/// Brings a part's results to the device when it is done.
+Done givingBack(const Part& part, std::shared_ptr<Buffers> buffers, Done done) {
+  return [part, buffers = std::move(buffers), done = std::move(done)](const Status& status) {
+    if (!status.ok()) return done(status);
+    try {
+      part.eachPiece(
+          [&](const void* host, std::size_t n) { buffers->copies()->giveBack(host, n); });
+    } catch (const std::exception& error) {
+      return done(Status(Code::kInternal, "the copy to the device: " + textOf(error)));
+    }
+    done(status);
+  };
 }
 
 }  // namespace
-
-// ------------------------------------------------------------------ life
-
-Result<c10::intrusive_ptr<ReducerBackend>> ReducerBackend::create(
-    collective::GroupConfig config, std::shared_ptr<runtime::Runtime> runtime, Milliseconds timeout,
-    std::vector<std::uint64_t> ranks) {
-  const collective::GroupConfig kept = config;
-  Result<std::shared_ptr<Group>> group =
-      Group::create(std::move(config), runtime->transport(), runtime->server());
-  if (!group.ok()) return group.status();
-  auto backend = c10::make_intrusive<ReducerBackend>(
-      kept, std::move(runtime), std::move(group).value(), timeout, std::move(ranks));
-  enlist(backend);
-  return backend;
-}
-
-ReducerBackend::ReducerBackend(const collective::GroupConfig& config,
-                               std::shared_ptr<runtime::Runtime> runtime,
-                               std::shared_ptr<collective::Group> group, Milliseconds timeout,
-                               std::vector<std::uint64_t> ranks)
-    : Backend(config.rank, config.world_size),
-      who_("[rank " + std::to_string(config.rank) + ", group " + config.name + "]"),
-      name_(config.name),
-      global_ranks_(std::move(ranks)),
-      pid_(getpid()),
-      timeout_ms_(timeout.count()),
-      completions_(std::make_shared<CompletionThread>()),
-      session_(std::make_shared<Session>()) {
-  session_->runtime = std::move(runtime);
-  session_->group = std::move(group);
-  init();
-}
-
-ReducerBackend::~ReducerBackend() { leave(); }
-
-ReducerBackend::Session::~Session() {
-  const WithoutGil without_gil;
-  group.reset();
-  runtime.reset();
-}
-
-void ReducerBackend::shutdownAll() {
-  const WithoutGil without_gil;
-  std::vector<c10::weak_intrusive_ptr<ReducerBackend>> backends;
-  {
-    const std::lock_guard lock(registry().mutex);
-    backends = registry().backends;
-  }
-  for (const auto& weak : backends) {
-    if (const auto backend = weak.lock()) backend->leave();
-  }
-}
-
-bool ReducerBackend::forked() const { return getpid() != pid_; }
-
-void ReducerBackend::leave() {
-  if (forked()) {
-    // The threads that would have to be joined, and the locks that they may have held, are the
-    // parent's.
-    static_cast<void>(new std::shared_ptr<Session>(session_));
-    static_cast<void>(new std::shared_ptr<CompletionThread>(completions_));
-    return;
-  }
-  const WithoutGil without_gil;
-  std::shared_ptr<Session> session;
-  {
-    const std::lock_guard lock(mutex_);
-    session = std::move(session_);
-  }
-  if (session) {
-    session->group->close();
-    session->group->waitClosed(kGoodbye);
-    session.reset();
-  }
-  completions_->stop();
-}
-
-void ReducerBackend::shutdown() { leave(); }
-
-void ReducerBackend::abort() {
-  if (forked()) return;  // what there is to abort is the parent's
-  const WithoutGil without_gil;
-  std::shared_ptr<Session> session;
-  {
-    const std::lock_guard lock(mutex_);
-    session = session_;
-  }
-  if (session && !forked())
-    session->group->abort("abort() was called on rank " + std::to_string(rank_));
-}
-
-std::shared_ptr<ReducerBackend::Session> ReducerBackend::session() {
-  TORCH_CHECK(!forked(), who_, " was made in process ", pid_,
-              ", and this is a process forked from it, which has none of its connections; call "
-              "init_process_group in this "
-              "process, or communicate in the parent only");
-  const std::lock_guard lock(mutex_);
-  if (!session_) {
-    C10_THROW_ERROR(DistBackendError,
-                    who_ + " was shut down (destroy_process_group); make a new group");
-  }
-  return session_;
-}
-
-c10::intrusive_ptr<c10d::Backend::Options> ReducerBackend::getBackendOptions() {
-  auto options = c10::make_intrusive<Options>(getBackendName(), timeoutOr(c10d::kUnsetTimeout));
-  options->group_name = name_;
-  options->group_desc = getGroupDesc();
-  options->global_ranks_in_group = global_ranks_;
-  return options;
-}
-
-std::uint64_t ReducerBackend::getSequenceNumberForGroup() { return session()->group->sequence(); }
 
 // ------------------------------------------------------------------ launching
 
@@ -177,29 +45,80 @@ Arguments ReducerBackend::arguments(const Call& call) const {
   return Arguments(who_, title.substr(title.find(':') + 1), rank_, size_);
 }
 
-WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers,
-                               const std::vector<Part>& parts, const Start& start) {
-  const std::shared_ptr<Session> session = this->session();
+c10::intrusive_ptr<ReducerWork> ReducerBackend::makeWork(const Call& call,
+                                                         std::shared_ptr<Buffers> buffers,
+                                                         std::size_t parts) {
   ReducerWork::Info info;
   info.rank = rank_;
   info.type = call.type;
   info.title = call.title;
   info.who = who_;
-  info.sequence = session->group->sequence();
+  info.sequence = c10d::isP2POp(call.type) ? calls_.load() : calls_++;
   info.source = call.source;
-  info.parts = parts.size();
-  const auto work = c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs,
-                                                     buffers, completions_);
-  CallOptions options;
-  options.timeout = timeoutOr(call.timeout);
-  options.keepalive = std::move(buffers);
-  for (const Part& part : parts) {
-    start(*session->group, part, options, [work, error = error_type_](const Status& status) {
-      if (status.code() == Code::kTimeout) *error = c10d::ErrorType::TIMEOUT;
-      if (status.code() == Code::kUnavailable) *error = c10d::ErrorType::REMOTE_ERROR;
-      work->partDone(status);
-    });
+  info.parts = parts;
+  info.timeout = call.timeout;
+  return c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs,
+                                          std::move(buffers), shared_);
+}
+
+Done ReducerBackend::ending(const c10::intrusive_ptr<ReducerWork>& work) const {
+  return [work, error = error_type_](const Status& status) {
+    if (status.code() == Code::kTimeout) *error = c10d::ErrorType::TIMEOUT;
+    if (status.code() == Code::kUnavailable) *error = c10d::ErrorType::REMOTE_ERROR;
+    work->partDone(status);
+  };
+}
+
+WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std::vector<Part> parts,
+                               const Start& start) {
+  const std::shared_ptr<Session> session = this->session();
+  arguments(call).oneDevice(call.inputs, call.outputs);
+  call.timeout = timeoutOr(call.timeout) + Milliseconds(ephemeral_ms_.exchange(0));
+  DeviceCopies* const copies = buffers ? buffers->copies() : nullptr;
+  std::vector<std::shared_ptr<c10::Event>> ready;
+  if (copies != nullptr) {
+    parts = segments(std::move(parts), kSegmentBytes);
+    copies->begin();
+    for (const Part& part : parts) {
+      part.eachPiece([&](const void* host, std::size_t n) { copies->fetch(host, n); });
+      ready.push_back(copies->fetched());
+    }
+    copies->launched();
   }
+  const auto work = makeWork(call, buffers, parts.size());
+  CallOptions options;
+  options.timeout = call.timeout;
+  options.keepalive = buffers;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    Done done = ending(work);
+    if (copies != nullptr) done = givingBack(parts[i], buffers, std::move(done));
+    shared_.launches->launch(
+        ready.empty() ? nullptr : ready[i],
+        [session, part = std::move(parts[i]), options, start, done = std::move(done)] {
+          start(*session->group, part, options, done);
+        });
+  }
+  return enroll(work);
+}
+
+void ReducerBackend::startCoalescing() {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(coalescing_thread_ == std::thread::id(), who_,
+              " startCoalescing: calls are being coalesced already");
+  coalescing_thread_ = std::this_thread::get_id();
+}
+
+WorkPtr ReducerBackend::endCoalescing() {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(coalescing_thread_ == std::this_thread::get_id(), who_,
+              " endCoalescing: startCoalescing was not called on this thread");
+  coalescing_thread_ = {};
+  return c10::make_intrusive<CoalescedWork>(rank_, std::exchange(coalesced_, {}));
+}
+
+WorkPtr ReducerBackend::enroll(WorkPtr work) {
+  const std::lock_guard lock(mutex_);
+  if (coalescing_thread_ == std::this_thread::get_id()) coalesced_.push_back(work);
   return work;
 }
 
@@ -211,9 +130,11 @@ WorkPtr ReducerBackend::launchAllReduce(Call call, const Tensors& tensors,
   for (const at::Tensor& tensor : tensors) {
     Part& part = parts.emplace_back();
     part.dtype = check.tensor("tensor", tensor);
-    part.op = check.op(op, part.dtype);
+    part.op = check.op(op, tensor);
     part.count = elements(tensor);
-    part.out = buffers->inout(tensor);
+    part.out = buffers->inout(tensor, check.factor(op, tensor));
+    part.in = part.out;
+    part.divisible = true;
   }
   call.inputs = tensors;
   call.outputs = tensors;
@@ -234,6 +155,7 @@ WorkPtr ReducerBackend::launchAllGather(Call call, const std::vector<Tensors>& o
     Part& part = parts.emplace_back();
     part.dtype = check.tensor("input", inputs[i]);
     part.count = elements(inputs[i]);
+    part.divisible = true;
     if (lists) {
       check.perRank("outputs", outputs[i], part.dtype);
       check.numel("outputs[" + std::to_string(rank_) + "]", outputs[i][rank_], inputs[i].numel(),
@@ -269,20 +191,23 @@ WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs,
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     Part& part = parts.emplace_back();
     part.dtype = check.tensor("output", outputs[i]);
-    part.op = check.op(op, part.dtype);
+    part.op = check.op(op, outputs[i]);
+    part.count = elements(outputs[i]);
+    part.divisible = true;
     if (lists) {
       check.perRank("inputs", inputs[i], part.dtype);
       check.numel("output", outputs[i], inputs[i][rank_].numel(),
                   "as many as this rank's entry of inputs has");
       for (const at::Tensor& input : inputs[i]) {
-        part.ins.push_back(buffers->in(input));
+        part.ins.push_back(buffers->in(input, check.factor(op, input)));
         part.in_counts.push_back(elements(input));
       }
     } else {
       const at::Tensor& input = inputs[i][0];
       check.sameType("input", check.tensor("input", input), part.dtype);
       check.numel("input", input, outputs[i].numel() * size_, "the output's, times the world size");
-      cut(buffers->in(input), elements(outputs[i]), part.dtype, size_, part.ins, part.in_counts);
+      cut(buffers->in(input, check.factor(op, input)), part.count, part.dtype, size_, part.ins,
+          part.in_counts);
     }
     part.out = buffers->out(outputs[i]);
     call.inputs.insert(call.inputs.end(), inputs[i].begin(), inputs[i].end());
@@ -299,7 +224,9 @@ WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs,
 
 WorkPtr ReducerBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
   Call call{OpType::ALLREDUCE, "reducer:all_reduce", options.timeout};
-  arguments(call).single("tensors", tensors);
+  if (arguments(call).single("tensors", tensors).layout() == at::kSparse) {
+    return allreduce_sparse(tensors, options);
+  }
   return launchAllReduce(std::move(call), tensors, options.reduceOp);
 }
 
@@ -317,11 +244,13 @@ WorkPtr ReducerBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& opti
   const auto buffers = std::make_shared<Buffers>();
   Part part;
   part.dtype = check.tensor("tensor", tensor);
-  part.op = check.op(options.reduceOp, part.dtype);
+  part.op = check.op(options.reduceOp, tensor);
   const Rank root = check.root(options.rootRank, options.rootTensor);
+  const Factor factor = check.factor(options.reduceOp, tensor);
   part.count = elements(tensor);
-  if (rank_ == root) part.out = buffers->inout(tensor);
-  part.in = rank_ == root ? part.out : buffers->in(tensor);
+  if (rank_ == root) part.out = buffers->inout(tensor, factor);
+  part.in = rank_ == root ? part.out : buffers->in(tensor, factor);
+  part.divisible = true;
   return launch(std::move(call), buffers, {part},
                 [root](Group& group, const Part& p, CallOptions o, Done done) {
                   group.reduce(p.in, p.out, p.count, p.dtype, p.op, root, std::move(o),
@@ -340,6 +269,7 @@ WorkPtr ReducerBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions
   part.count = elements(tensor);
   // The group reads it at the root and writes it elsewhere.
   part.out = rank_ == root ? const_cast<void*>(buffers->in(tensor)) : buffers->out(tensor);
+  part.divisible = true;
   return launch(std::move(call), buffers, {part},
                 [root](Group& group, const Part& p, CallOptions o, Done done) {
                   group.broadcast(p.out, p.count, p.dtype, root, std::move(o), std::move(done));
@@ -431,8 +361,10 @@ WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs,
   Part part;
   part.dtype = check.tensor("input", input);
   const Rank root = check.root(options.rootRank);
+  part.count = elements(input);
+  part.divisible = true;
   part.in = buffers->in(input);
-  part.out_counts.assign(size_, elements(input));
+  part.out_counts.assign(size_, part.count);
   if (rank_ == root) {
     check.sameLength("the list of output lists", outputs.size(), "the list of inputs", 1);
     check.perRank("outputs", outputs[0], part.dtype);
@@ -460,7 +392,9 @@ WorkPtr ReducerBackend::scatter(Tensors& outputs, std::vector<Tensors>& inputs,
   Part part;
   part.dtype = check.tensor("output", output);
   const Rank root = check.root(options.rootRank);
-  part.in_counts.assign(size_, elements(output));
+  part.count = elements(output);
+  part.divisible = true;
+  part.in_counts.assign(size_, part.count);
   if (rank_ == root) {
     check.sameLength("the list of input lists", inputs.size(), "the list of outputs", 1);
     check.perRank("inputs", inputs[0], part.dtype);
@@ -542,7 +476,8 @@ WorkPtr ReducerBackend::send(Tensors& tensors, int to, int tag) {
 }
 
 WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
-  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout, {}, tensors, from};
+  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout, {}, tensors};
+  call.source = std::make_shared<std::atomic<int>>(from);
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   const auto buffers = std::make_shared<Buffers>();
@@ -557,10 +492,26 @@ WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
                 });
 }
 
-WorkPtr ReducerBackend::recvAnysource(Tensors& /*tensors*/, int /*tag*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, who_,
-      " recv: receiving from any rank is not supported yet; pass the source's rank as src");
+WorkPtr ReducerBackend::recvAnysource(Tensors& tensors, int tag) {
+  Call call{OpType::RECVANYSOURCE, "reducer:recv", c10d::kUnsetTimeout, {}, tensors};
+  const Arguments check = arguments(call);
+  const at::Tensor& tensor = check.single("tensors", tensors);
+  const auto buffers = std::make_shared<Buffers>();
+  Part part;
+  part.dtype = check.tensor("tensor", tensor);
+  part.count = elements(tensor);
+  part.out = buffers->out(tensor);
+  const auto sender = std::make_shared<std::atomic<int>>(-1);
+  call.source = sender;
+  return launch(
+      std::move(call), buffers, {part},
+      [sender, tag = check.tag(tag)](Group& group, const Part& p, CallOptions o, Done done) {
+        group.recvAny(p.out, p.count, p.dtype, tag, std::move(o),
+                      [sender, done = std::move(done)](const Status& status, Rank from) {
+                        if (status.ok()) *sender = from;
+                        done(status);
+                      });
+      });
 }
 
 }  // namespace reducer::torch_backend

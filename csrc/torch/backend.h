@@ -7,9 +7,11 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
@@ -18,12 +20,23 @@
 #include "torch/arguments.h"
 #include "torch/buffers.h"
 #include "torch/completion_thread.h"
+#include "torch/ledger.h"
+#include "torch/part.h"
+#include "torch/work.h"
 
 namespace reducer::torch_backend {
 
 using Tensors = std::vector<at::Tensor>;
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 using Milliseconds = std::chrono::milliseconds;
+
+/// What a group was made with, as `options` of the backend and for split() and shrink(): torch's
+/// own fields, and the settings.
+struct ReducerOptions final : c10d::Backend::Options {
+  explicit ReducerOptions(Milliseconds timeout) : Options("reducer", timeout) {}
+  std::vector<std::string> servers;
+  collective::Settings settings;
+};
 
 /// A c10d::Backend over a collective::Group.
 ///
@@ -36,9 +49,9 @@ class ReducerBackend final : public c10d::Backend {
  public:
   /// Joins the group. The error is what Group::create() says.
   static Result<c10::intrusive_ptr<ReducerBackend>> create(
-      collective::GroupConfig config, std::shared_ptr<runtime::Runtime> runtime,
+      const collective::GroupConfig& config, std::shared_ptr<runtime::Runtime> runtime,
       Milliseconds timeout, std::vector<std::uint64_t> ranks);
-  ReducerBackend(const collective::GroupConfig& config, std::shared_ptr<runtime::Runtime> runtime,
+  ReducerBackend(collective::GroupConfig config, std::shared_ptr<runtime::Runtime> runtime,
                  std::shared_ptr<collective::Group> group, Milliseconds timeout,
                  std::vector<std::uint64_t> ranks);
   ~ReducerBackend() override;
@@ -48,11 +61,38 @@ class ReducerBackend final : public c10d::Backend {
   static void shutdownAll();
 
   const std::string getBackendName() const override { return "reducer"; }
+  /// A copy: a ReducerOptions.
   c10::intrusive_ptr<Options> getBackendOptions() override;
   void setTimeout(Milliseconds timeout) override { timeout_ms_ = timeout.count(); }
+  /// More time for the next call, once.
+  void addEphemeralTimeout(Milliseconds more) { ephemeral_ms_ = more.count(); }
   void setSequenceNumberForGroup() override {}  // numbers begin with 0 on every rank
-  std::uint64_t getSequenceNumberForGroup() override;
+  std::uint64_t getSequenceNumberForGroup() override { return calls_; }
   c10d::ErrorType getError() override { return *error_type_; }
+
+  /// Every call that ends from now on is told to `hook`, on a thread of its own.
+  void registerOnCompletionHook(Ledger::Hook&& hook) override;
+  /// Returns when no call is under way and all hooks have run.
+  void waitForPendingWorks() override;
+  void enableCollectivesTiming() override {}  // Work::getDuration() always knows
+
+  /// Calls of this thread from here to endCoalescing() are also gathered into the Work that it
+  /// returns. They start at once, as without.
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override;
+  WorkPtr endCoalescing() override;
+
+  /// A group of some ranks of this one (null on the others), without a word between them: all
+  /// addresses are known. All ranks that are in it must call it, with equal arguments.
+  bool supportsSplitting() const override { return true; }
+  c10::intrusive_ptr<Backend> split(const c10::intrusive_ptr<c10d::Store>& store,
+                                    const std::vector<int>& ranks,
+                                    const c10::intrusive_ptr<Options>& options) override;
+  std::uint64_t splitCount() const { return splits_; }
+  /// A group without some ranks, which need not be alive. The others must all call it.
+  bool supportsShrinking() const override { return true; }
+  c10::intrusive_ptr<Backend> shrink(const std::vector<std::int64_t>& excluded, int flags,
+                                     const c10::intrusive_ptr<Options>& options) override;
 
   /// Fails what is under way and all later calls; the group can then be destroyed and made again.
   void abort() override;
@@ -60,6 +100,7 @@ class ReducerBackend final : public c10d::Backend {
   void shutdown() override;
 
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override;
+  WorkPtr allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override;
   WorkPtr allreduce_coalesced(Tensors& tensors,
                               const c10d::AllreduceCoalescedOptions& options) override;
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& options) override;
@@ -110,29 +151,22 @@ class ReducerBackend final : public c10d::Backend {
     c10d::OpType type;
     const char* title;  ///< "reducer:all_reduce"
     Milliseconds timeout;
-    Tensors inputs = {};   ///< for the profiler
-    Tensors outputs = {};  ///< for result() and the Future
-    int source = -1;
+    Tensors inputs = {};                                 ///< for the profiler
+    Tensors outputs = {};                                ///< for result() and the Future
+    std::shared_ptr<std::atomic<int>> source = nullptr;  ///< of a receive
   };
-  /// One operation of the group: the arguments that it takes, in the order of ranks where there are
-  /// several. A call has one part, a coalesced call one for each tensor.
-  struct Part {
-    DataType dtype = DataType::kUInt8;
-    ReduceOp op = ReduceOp::kNone;
-    std::size_t count = 0;
-    const void* in = nullptr;
-    void* out = nullptr;
-    std::vector<const void*> ins;
-    std::vector<void*> outs;
-    std::vector<std::size_t> in_counts;
-    std::vector<std::size_t> out_counts;
-  };
+  using Done = collective::Done;
   using Start = std::function<void(collective::Group&, const Part&, collective::CallOptions,
                                    collective::Done)>;
 
   /// Starts every part of a call, whose memory is in `buffers`, and returns its Work.
-  WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, const std::vector<Part>& parts,
+  WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, std::vector<Part> parts,
                  const Start& start);
+  c10::intrusive_ptr<ReducerWork> makeWork(const Call& call, std::shared_ptr<Buffers> buffers,
+                                           std::size_t parts);
+  /// What a part's end does.
+  Done ending(const c10::intrusive_ptr<ReducerWork>& work) const;
+  WorkPtr enroll(WorkPtr work);
   WorkPtr launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op);
   /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for
   /// all.
@@ -143,23 +177,40 @@ class ReducerBackend final : public c10d::Backend {
   WorkPtr launchReduceScatter(Call call, const Tensors& outputs, const std::vector<Tensors>& inputs,
                               bool lists, const c10d::ReduceOp& op);
 
+  /// A group of these ranks of this one, by a name that is new.
+  c10::intrusive_ptr<Backend> derive(const std::vector<Rank>& ranks, const std::string& name,
+                                     const c10::intrusive_ptr<Options>& options);
+
   Arguments arguments(const Call& call) const;
   Milliseconds timeoutOr(Milliseconds asked) const;
   std::shared_ptr<Session> session();
   void leave();
   bool forked() const;
 
+  const collective::GroupConfig config_;
   const std::string who_;  // "[rank R, group NAME]"
-  const std::string name_;
   const std::vector<std::uint64_t> global_ranks_;
   const pid_t pid_;
   std::atomic<std::int64_t> timeout_ms_;
   /// Shared with the operations, whose ends may come after this object's.
   const std::shared_ptr<std::atomic<c10d::ErrorType>> error_type_ =
       std::make_shared<std::atomic<c10d::ErrorType>>(c10d::ErrorType::SUCCESS);
-  std::shared_ptr<CompletionThread> completions_;
+  std::atomic<std::int64_t> ephemeral_ms_{0};
+  std::atomic<std::uint64_t> calls_{0};
+  std::atomic<std::uint64_t> splits_{0};
+  const ReducerWork::Shared shared_;
   std::mutex mutex_;
   std::shared_ptr<Session> session_;  // null after shutdown()
+  std::mutex sparse_mutex_;
+  std::uint64_t sparse_calls_ = 0;
+  std::thread::id coalescing_thread_;  // of startCoalescing(), until endCoalescing()
+  std::vector<WorkPtr> coalesced_;
+  struct Child {
+    std::optional<c10::weak_intrusive_ptr<Backend>> backend;
+    std::uint64_t made = 0;  // how often: each instance is a job of its own
+  };
+  std::mutex children_mutex_;
+  std::map<std::string, Child> children_;  // of split() and shrink(), by name and ranks
 };
 
 }  // namespace reducer::torch_backend

@@ -1,4 +1,4 @@
-// An operation's tensors as the core wants them: contiguous memory that stays where it is.
+// A call's tensors as the core wants them: contiguous host memory that stays where it is.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,8 +6,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "torch/accelerator.h"
 
 namespace reducer::torch_backend {
 
@@ -17,63 +20,89 @@ namespace reducer::torch_backend {
 /// storages and aliases, and not the caller's tensors.
 inline at::Tensor aliasOf(const at::Tensor& tensor) { return tensor.detach(); }
 
-/// Holds the memory of one operation's tensors, and staging copies of those that are not plain
-/// contiguous memory. Thread safety: filled by one thread; copyBack() once, from any thread, after
-/// that.
+/// What inputs are multiplied by before they are summed; undefined: nothing.
+using Factor = at::Tensor;
+
+/// Holds the memory of one call's tensors, and staging copies of those that are not plain
+/// contiguous memory of the host. Thread safety: filled by one thread; copyBack() once, from any
+/// thread, after that.
 class Buffers {
  public:
   /// Memory to read from: numel() elements.
-  const void* in(const at::Tensor& tensor) {
-    if (plain(tensor)) return keep(tensor).const_data_ptr();
-    return keep(staged(tensor)).const_data_ptr();
+  const void* in(const at::Tensor& tensor, const Factor& factor = {}) {
+    if (!tensor.is_cpu()) return copiesFor(tensor).stage(staged(tensor, factor), true, false);
+    if (plain(tensor) && !factor.defined()) return keep(tensor).const_data_ptr();
+    return keep(staged(tensor, factor)).const_data_ptr();
   }
 
   /// Memory to write to; what was in it does not matter.
   void* out(const at::Tensor& tensor) {
     at::assert_no_internal_overlap(tensor);
-    if (plain(tensor)) return keep(tensor).mutable_data_ptr();
-    return keepBack(
-        tensor,
-        at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous)));
+    const bool is_plain = plain(tensor);
+    const at::Tensor target =
+        is_plain ? tensor
+                 : at::empty(tensor.sizes(),
+                             tensor.options().memory_format(at::MemoryFormat::Contiguous));
+    if (!is_plain) back_.emplace_back(aliasOf(tensor), target);
+    if (!tensor.is_cpu()) return copiesFor(tensor).stage(target, false, true);
+    return keep(target).mutable_data_ptr();
   }
 
   /// Memory to read from and to write to.
-  void* inout(const at::Tensor& tensor) {
+  void* inout(const at::Tensor& tensor, const Factor& factor = {}) {
     at::assert_no_internal_overlap(tensor);
-    if (plain(tensor)) return keep(tensor).mutable_data_ptr();
-    return keepBack(tensor, staged(tensor));
+    const bool is_plain = plain(tensor) && !factor.defined();
+    const at::Tensor target = is_plain ? tensor : staged(tensor, factor);
+    if (!is_plain) back_.emplace_back(aliasOf(tensor), target);
+    if (!tensor.is_cpu()) return copiesFor(tensor).stage(target, true, true);
+    return keep(target).mutable_data_ptr();
   }
+
+  /// True if copyBack() has to move bytes.
+  bool hasBack() const { return !back_.empty(); }
 
   /// Brings results from the staging copies to where the caller wants them.
   void copyBack() {
     if (back_.empty()) return;
-    // Below autograd, as every collective that writes into tensors of the caller; and into
-    // inference tensors too.
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (const auto& [tensor, copy] : back_) tensor.copy_(copy);
-    back_.clear();
+    const auto copy = [this] {
+      // Below autograd, as every collective that writes into tensors of the caller; and into
+      // inference tensors too.
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      for (const auto& [tensor, staging] : back_) tensor.copy_(staging, /*non_blocking=*/true);
+    };
+    if (copies_) {
+      copies_->onUpStream(copy);
+    } else {
+      copy();
+      back_.clear();
+    }
   }
+
+  /// The copies from and to an accelerator; null for tensors of the host.
+  DeviceCopies* copies() const { return copies_.get(); }
 
  private:
   static bool plain(const at::Tensor& tensor) {
     return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
   }
-  static at::Tensor staged(const at::Tensor& tensor) {
-    return tensor.detach().resolve_conj().resolve_neg().contiguous();
+  static at::Tensor staged(const at::Tensor& tensor, const Factor& factor) {
+    const at::Tensor source = tensor.detach().resolve_conj().resolve_neg().contiguous();
+    if (!factor.defined()) return source;
+    return at::mul(source, factor).to(tensor.scalar_type());
   }
   const at::Tensor& keep(const at::Tensor& tensor) {
     storages_.push_back(tensor.storage());
     return tensor;
   }
-  void* keepBack(const at::Tensor& tensor, at::Tensor copy) {
-    void* data = keep(copy).mutable_data_ptr();
-    back_.emplace_back(aliasOf(tensor), std::move(copy));
-    return data;
+  DeviceCopies& copiesFor(const at::Tensor& tensor) {
+    if (!copies_) copies_ = std::make_unique<DeviceCopies>(tensor.device());
+    return *copies_;
   }
 
   std::vector<c10::Storage> storages_;
   std::vector<std::pair<at::Tensor, at::Tensor>>
       back_;  // the caller's (an alias), the staging copy
+  std::unique_ptr<DeviceCopies> copies_;
 };
 
 }  // namespace reducer::torch_backend

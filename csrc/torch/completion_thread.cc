@@ -1,18 +1,38 @@
 #include "torch/completion_thread.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <thread>
 #include <utility>
+#include <vector>
 
 namespace reducer::torch_backend {
+namespace {
 
-// Shared with the thread, which may outlive the owner when stop() is called from a task.
+using Clock = std::chrono::steady_clock;
+
+// How long a task may hold up the next before another thread takes that. Long beside a callback,
+// short beside what a callback may wait for.
+constexpr auto kPatience = std::chrono::milliseconds(2);
+
+// Callbacks that wait for each other's Futures, one within the other.
+constexpr std::size_t kThreadsMax = 64;
+
+}  // namespace
+
+// Shared with the threads, which may outlive the owner when stop() is called from a task.
 struct CompletionThread::Queue {
+  struct Task {
+    std::function<void()> run;
+    Clock::time_point posted;
+  };
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<std::function<void()>> tasks;
-  bool started = false;
+  std::deque<Task> tasks;
+  std::vector<std::thread> threads;
+  std::size_t running = 0;  // threads inside a task
   bool stopped = false;
 };
 
@@ -20,15 +40,17 @@ CompletionThread::CompletionThread() : queue_(std::make_shared<Queue>()) {}
 
 CompletionThread::~CompletionThread() { stop(); }
 
+// Called with the lock held.
+void CompletionThread::addThread(const std::shared_ptr<Queue>& queue) {
+  queue->threads.emplace_back([queue] { run(queue); });
+}
+
 void CompletionThread::post(std::function<void()> task) {
   {
     const std::lock_guard lock(queue_->mutex);
     if (!queue_->stopped) {
-      queue_->tasks.push_back(std::move(task));
-      if (!queue_->started) {
-        queue_->started = true;
-        thread_ = std::thread([queue = queue_] { run(queue); });
-      }
+      queue_->tasks.push_back({std::move(task), Clock::now()});
+      if (queue_->threads.empty()) addThread(queue_);
       queue_->changed.notify_one();
       return;
     }
@@ -41,29 +63,45 @@ void CompletionThread::run(const std::shared_ptr<Queue>& queue) {
   while (true) {
     queue->changed.wait(lock, [&] { return queue->stopped || !queue->tasks.empty(); });
     if (queue->tasks.empty()) return;
+    // While one thread is at work the others leave it the queue, unless it is stuck.
+    if (queue->running > 0) {
+      const Clock::time_point stuck = queue->tasks.front().posted + kPatience;
+      if (Clock::now() < stuck) {
+        queue->changed.wait_until(lock, stuck);
+        continue;
+      }
+    }
     {
-      const std::function<void()> task = std::move(queue->tasks.front());
+      const Queue::Task task = std::move(queue->tasks.front());
       queue->tasks.pop_front();
+      // One thread always stands by.
+      if (++queue->running == queue->threads.size() && !queue->stopped &&
+          queue->threads.size() < kThreadsMax) {
+        addThread(queue);
+      }
       lock.unlock();
-      task();
+      task.run();
     }
     lock.lock();
+    --queue->running;
+    queue->changed.notify_one();
   }
 }
 
 void CompletionThread::stop() {
-  std::thread thread;
+  std::vector<std::thread> threads;
   {
     const std::lock_guard lock(queue_->mutex);
     queue_->stopped = true;
-    queue_->changed.notify_one();
-    thread = std::move(thread_);
+    queue_->changed.notify_all();
+    threads.swap(queue_->threads);
   }
-  if (!thread.joinable()) return;
-  if (thread.get_id() == std::this_thread::get_id()) {
-    thread.detach();  // it ends as soon as the task that called this returns
-  } else {
-    thread.join();
+  for (std::thread& thread : threads) {
+    if (thread.get_id() == std::this_thread::get_id()) {
+      thread.detach();  // it ends as soon as the task that called this returns
+    } else {
+      thread.join();
+    }
   }
 }
 

@@ -77,6 +77,19 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   return std::move(backend).value();
 }
 
+void setAlgorithm(ReducerOptions& options, const std::string& name) {
+  Result<collective::Algorithm> parsed = collective::parseAlgorithm(name);
+  if (!parsed.ok()) raise(parsed.status(), "algorithm: ");
+  options.settings.algorithm = parsed.value();
+}
+
+bool verifyTimeout(const ReducerBackend&, const c10::intrusive_ptr<c10d::Work>& work,
+                   Milliseconds timeout) {
+  const auto* own = dynamic_cast<const ReducerWork*>(work.get());
+  TORCH_CHECK_VALUE(own != nullptr, "this Work is not of the backend 'reducer'");
+  return own->timeout() == timeout;
+}
+
 std::map<std::string, std::uint64_t> countersOf(ReducerBackend& backend) {
   const collective::GroupCounters counters = backend.counters();
   return {{"operations", counters.operations},
@@ -100,6 +113,33 @@ PYBIND11_MODULE(_torch, m) {
            py::arg("congestion_control"))
       .def_property_readonly("address", &RuntimeHold::address);
 
+  const auto copied = [](const ReducerOptions& options) {
+    return c10::make_intrusive<ReducerOptions>(options);
+  };
+  py::class_<ReducerOptions, c10d::Backend::Options, c10::intrusive_ptr<ReducerOptions>>(
+      m, "BackendOptions")
+      .def_property(
+          "algorithm",
+          [](const ReducerOptions& options) {
+            return std::string(reducer::collective::nameOf(options.settings.algorithm));
+          },
+          &setAlgorithm)
+      .def_property_readonly("servers",
+                             [](const ReducerOptions& options) { return options.servers; })
+      .def_property(
+          "chunk_bytes", [](const ReducerOptions& o) { return o.settings.chunk_bytes; },
+          [](ReducerOptions& o, std::size_t nbytes) { o.settings.chunk_bytes = nbytes; })
+      .def_property(
+          "window_bytes", [](const ReducerOptions& o) { return o.settings.window_bytes; },
+          [](ReducerOptions& o, std::size_t nbytes) { o.settings.window_bytes = nbytes; })
+      .def_property(
+          "checksum", [](const ReducerOptions& o) { return o.settings.checksum; },
+          [](ReducerOptions& o, bool on) { o.settings.checksum = on; })
+      .def("__copy__", copied)
+      .def("__deepcopy__",
+           [copied](const ReducerOptions& o, const py::dict&) { return copied(o); });
+
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
@@ -111,7 +151,18 @@ PYBIND11_MODULE(_torch, m) {
                              [](ReducerBackend& backend) {
                                return std::string(reducer::collective::nameOf(backend.algorithm()));
                              })
-      .def("counters", &countersOf);
+      .def("counters", &countersOf)
+      .def("comm_split_count", &ReducerBackend::splitCount)
+      // Ranks that are not in a split have nothing to do for it.
+      .def(
+          "perform_nocolor_split", [](ReducerBackend&, const py::object&) {}, py::arg("device"))
+      .def("_add_ephemeral_timeout", &ReducerBackend::addEphemeralTimeout, py::arg("timeout"))
+      .def("_verify_work_timeout", &verifyTimeout, py::arg("work"), py::arg("timeout"))
+      .def("_group_start", &ReducerBackend::startCoalescing, without_gil)
+      .def(
+          "_group_end", [](ReducerBackend& backend) { backend.endCoalescing(); }, without_gil)
+      .def("_is_initialized", [](const ReducerBackend&) { return true; })
+      .def_property_readonly("uid", &ReducerBackend::getID);
 
   m.def("shutdown_all", &ReducerBackend::shutdownAll);
 }

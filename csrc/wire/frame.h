@@ -22,8 +22,10 @@ enum class FrameKind : std::uint8_t {
   kResult = 4,   ///< reducer -> worker: the slot is done; with payload if this rank is a puller
   kError =
       5,  ///< reducer -> worker: the operation (lane, seq) failed, or with `fatal` the connection
-  kCancel = 6,  ///< worker -> reducer: this rank gives up the operation (lane, seq)
-  kBye = 7,     ///< worker -> reducer: this rank leaves the group in good order
+  kCancel = 6,   ///< worker -> reducer: this rank gives up the operation (lane, seq)
+  kBye = 7,      ///< worker -> reducer: this rank leaves the group in good order
+  kArrived = 8,  ///< reducer -> the worker in its own process, never on the wire: a send to this
+                 ///< rank waits, and no receive was there before it
 };
 
 /// Which slot of a group a frame belongs to.

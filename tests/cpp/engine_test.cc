@@ -29,7 +29,8 @@ class EngineTest : public testing::Test {
       hello.rank = r;
       hello.world_size = n;
       hello.host = "host" + std::to_string(r) + ":" + std::to_string(100 + r);
-      engine_.join(workers_.back(), hello);
+      Actions none;
+      engine_.join(workers_.back(), hello, none);
     }
     got_.resize(n);
   }

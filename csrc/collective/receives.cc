@@ -1,0 +1,56 @@
+#include "collective/receives.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace reducer::collective {
+
+void Receives::taken(std::uint32_t tag, Rank from, std::uint64_t seq) {
+  const auto found = arrivals_.find(tag);
+  if (found == arrivals_.end()) return;
+  std::erase_if(found->second,
+                [&](const Arrival& arrival) { return arrival.from == from && arrival.seq == seq; });
+  if (found->second.empty()) arrivals_.erase(found);
+}
+
+std::vector<Receives::Match> Receives::match(
+    std::uint32_t tag, const std::function<bool(Rank from, std::uint64_t seq)>& take) {
+  std::vector<Match> matches;
+  const auto requests = requests_.find(tag);
+  const auto arrivals = arrivals_.find(tag);
+  if (requests == requests_.end() || arrivals == arrivals_.end()) return matches;
+  for (auto request = requests->second.begin(); request != requests->second.end();) {
+    const auto arrival =
+        std::find_if(arrivals->second.begin(), arrivals->second.end(), [&](const Arrival& a) {
+          return (request->from == kAllRanks || request->from == a.from) && take(a.from, a.seq);
+        });
+    if (arrival == arrivals->second.end()) {
+      ++request;
+      continue;
+    }
+    matches.push_back({std::move(*request), arrival->from, arrival->seq});
+    arrivals->second.erase(arrival);
+    request = requests->second.erase(request);
+  }
+  if (arrivals->second.empty()) arrivals_.erase(arrivals);
+  if (requests->second.empty()) requests_.erase(requests);
+  return matches;
+}
+
+std::vector<Receives::Request> Receives::late(TimePoint now) {
+  std::vector<Request> all;
+  for (auto requests = requests_.begin(); requests != requests_.end();) {
+    for (auto request = requests->second.begin(); request != requests->second.end();) {
+      if (request->deadline > now) {
+        ++request;
+        continue;
+      }
+      all.push_back(std::move(*request));
+      request = requests->second.erase(request);
+    }
+    requests = requests->second.empty() ? requests_.erase(requests) : std::next(requests);
+  }
+  return all;
+}
+
+}  // namespace reducer::collective

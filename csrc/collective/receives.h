@@ -1,0 +1,62 @@
+// Receives that wait to learn who sends: from any rank, and those that were asked for after one.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <list>
+#include <map>
+#include <vector>
+
+#include "common/clock.h"
+#include "common/status.h"
+#include "common/types.h"
+
+namespace reducer::collective {
+
+/// Matches sends that have arrived with receives, both in their order, as MPI does: the first
+/// receive that a send fits gets it. Not thread safe: the owner serialises the calls.
+class Receives {
+ public:
+  struct Request {
+    Rank from = kAllRanks;  ///< kAllRanks: any rank
+    TimePoint deadline;
+    std::function<void(Rank from, std::uint64_t seq)> start;
+    std::function<void(const Status&)> fail;
+  };
+  struct Match {
+    Request request;
+    Rank from = 0;
+    std::uint64_t seq = 0;
+  };
+
+  /// True if a receive of this tag must queue up here, even if it knows its sender.
+  bool waiting(std::uint32_t tag) const { return requests_.contains(tag); }
+  void add(std::uint32_t tag, Request request) { requests_[tag].push_back(std::move(request)); }
+
+  /// A send that no receive was there for.
+  void arrived(std::uint32_t tag, Rank from, std::uint64_t seq) {
+    arrivals_[tag].push_back({from, seq});
+  }
+  /// A receive has taken this number in another way than by match().
+  void taken(std::uint32_t tag, Rank from, std::uint64_t seq);
+
+  /// Takes out what fits together. `take` says whether a send has the number that is its sender's
+  /// turn (notices may overtake each other), and if so takes that number.
+  std::vector<Match> match(std::uint32_t tag,
+                           const std::function<bool(Rank from, std::uint64_t seq)>& take);
+
+  /// Takes out what has waited too long.
+  std::vector<Request> late(TimePoint now);
+  std::vector<Request> clear() { return late(TimePoint::max()); }
+
+ private:
+  struct Arrival {
+    Rank from;
+    std::uint64_t seq;
+  };
+  std::map<std::uint32_t, std::list<Request>> requests_;  // by tag; no empty lists
+  std::map<std::uint32_t, std::deque<Arrival>> arrivals_;
+};
+
+}  // namespace reducer::collective

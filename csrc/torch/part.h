@@ -1,0 +1,84 @@
+// One operation of the group, as a call's arguments.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "common/types.h"
+
+namespace reducer::torch_backend {
+
+/// The arguments that an operation takes, in the order of ranks where there are several. A call has
+/// one part, a coalesced call one for each tensor.
+struct Part {
+  DataType dtype = DataType::kUInt8;
+  ReduceOp op = ReduceOp::kNone;
+  std::size_t count = 0;  ///< elements of `in` and of `out`
+  const void* in = nullptr;
+  void* out = nullptr;
+  std::vector<const void*> ins;
+  std::vector<void*> outs;
+  std::vector<std::size_t> in_counts;
+  std::vector<std::size_t> out_counts;
+  /// Every rank knows all counts, so that all can cut the operation in the same way.
+  bool divisible = false;
+
+  std::size_t longest() const {
+    std::size_t most = count;
+    for (const auto* counts : {&in_counts, &out_counts}) {
+      for (const std::size_t one : *counts) most = std::max(most, one);
+    }
+    return most;
+  }
+
+  /// Elements [first, first + n) of every piece of memory.
+  Part slice(std::size_t first, std::size_t n) const {
+    Part part = *this;
+    const auto left = [&](std::size_t all) { return std::min(n, all - std::min(all, first)); };
+    const std::size_t skip = first * sizeOf(dtype);
+    part.count = left(count);
+    if (in != nullptr) part.in = static_cast<const char*>(in) + skip;
+    if (out != nullptr) part.out = static_cast<char*>(out) + skip;
+    for (const void*& one : part.ins) {
+      if (one != nullptr) one = static_cast<const char*>(one) + skip;
+    }
+    for (void*& one : part.outs) {
+      if (one != nullptr) one = static_cast<char*>(one) + skip;
+    }
+    for (auto* counts : {&part.in_counts, &part.out_counts}) {
+      for (std::size_t& one : *counts) one = left(one);
+    }
+    return part;
+  }
+
+  /// Calls `visit(pointer, nbytes)` for all memory of this rank, once for each piece.
+  template <class Visit>
+  void eachPiece(Visit visit) const {
+    const std::size_t element = sizeOf(dtype);
+    if (in != nullptr) visit(in, count * element);
+    if (out != nullptr && out != in) visit(out, count * element);
+    for (std::size_t r = 0; r < ins.size(); ++r) visit(ins[r], in_counts[r] * element);
+    for (std::size_t r = 0; r < outs.size(); ++r) visit(outs[r], out_counts[r] * element);
+  }
+};
+
+/// Parts of at most `nbytes_max` for each rank, where that is possible: what is copied to a device
+/// while the next is on the network.
+inline std::vector<Part> segments(std::vector<Part> parts, std::size_t nbytes_max) {
+  std::vector<Part> all;
+  for (Part& part : parts) {
+    const std::size_t length = std::max<std::size_t>(1, nbytes_max / sizeOf(part.dtype));
+    const std::size_t longest = part.longest();
+    if (!part.divisible || longest <= length) {
+      all.push_back(std::move(part));
+      continue;
+    }
+    for (std::size_t first = 0; first < longest; first += length) {
+      all.push_back(part.slice(first, length));
+    }
+  }
+  return all;
+}
+
+}  // namespace reducer::torch_backend
