@@ -200,14 +200,25 @@ def _wait(place: _Place, key: str, patience: timedelta) -> bool:
     try:
         place.store.wait([f"{place.prefix}/{key}"], patience)
     except dist.DistNetworkError as error:
-        raise errors.UnavailableError(
-            f"the store was lost while the group was being made; look at the output of the process that holds "
-            f"it, often "
-            f"rank 0 ({error})"
-        ) from error
+        raise _store_lost(error) from error
     except RuntimeError:  # each kind of store has its own for the end of its patience
         return False
     return True
+
+
+def _is_there(place: _Place, key: str) -> bool:
+    """Raises UnavailableError if the store is gone."""
+    try:
+        return bool(place.store.check([key]))
+    except dist.DistNetworkError as error:
+        raise _store_lost(error) from error
+
+
+def _store_lost(error: Exception) -> errors.UnavailableError:
+    return errors.UnavailableError(
+        "the store was lost while the group was being made; look at the output of the process that holds it, often "
+        f"rank 0 ({error})"
+    )
 
 
 def _await_verdict(place: _Place) -> dict[str, Any]:
@@ -274,15 +285,17 @@ def _collect(place: _Place) -> dict[int, dict[str, Any]]:
     deadline = time.monotonic() + place.timeout.total_seconds()
     entries: dict[int, dict[str, Any]] = {}
     missing = list(range(place.world_size))
+    pause = 0.001
     while missing:
-        # A short wait for one rank, so that the failure of another is not noticed only after it.
-        patience = max(0.001, min(0.5, deadline - time.monotonic()))
-        came = _wait(place, f"entry/{missing[0]}", timedelta(seconds=patience))
-        if not came and time.monotonic() >= deadline:
+        # Asked again and again, since any rank may be the next, and the store's own wait is for all (and every one that
+        # ends without success leaves two lines of warnings in the log).
+        if time.monotonic() >= deadline:
             break
+        time.sleep(pause)
+        pause = min(0.25, pause * 1.5)
         for rank in list(missing):
             key = f"{place.prefix}/entry/{rank}"
-            if not place.store.check([key]):
+            if not _is_there(place, key):
                 continue
             entries[rank] = json.loads(place.store.get(key))
             missing.remove(rank)

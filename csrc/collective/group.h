@@ -1,6 +1,7 @@
 // One rank's membership in a group, and the collectives it can join.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -40,8 +41,10 @@ struct CallOptions {
   std::shared_ptr<const void> keepalive;
   /// What the ranks compare and errors name, where a collective is made of another.
   std::optional<Collective> shown_as;
-  /// Number of a collective's second step (whose size the first step told), equal on all ranks. It
-  /// may start at any time, and does not count as a call in the order of calls.
+  /// Gets the operation's number before `done` is called: equal on all ranks that made the call.
+  std::shared_ptr<std::atomic<std::uint64_t>> number;
+  /// This is the second step of the collective with that number (which told its size): it may start
+  /// at any time, and does not count as a call in the order of calls.
   std::optional<std::uint64_t> second_step;
 };
 

@@ -108,6 +108,7 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
     if (status.ok()) {
       const std::uint64_t seq = number ? *number : nextNumber(lane);
       if (wire::isPairLane(lane)) receives_.taken(wire::tagOf(lane), wire::senderOf(lane), seq);
+      if (options.number) *options.number = seq;
       const OperationId id{lane, seq};
       Operation::Info info;
       info.call = call;

@@ -201,8 +201,6 @@ class ReducerBackend final : public c10d::Backend {
   const ReducerWork::Shared shared_;
   std::mutex mutex_;
   std::shared_ptr<Session> session_;  // null after shutdown()
-  std::mutex sparse_mutex_;
-  std::uint64_t sparse_calls_ = 0;
   std::thread::id coalescing_thread_;  // of startCoalescing(), until endCoalescing()
   std::vector<WorkPtr> coalesced_;
   struct Child {

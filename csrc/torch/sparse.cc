@@ -117,7 +117,8 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
   first.timeout = call.timeout;
   first.keepalive = state;
   first.shown_as = Collective::kSparseAllReduce;
-  CallOptions second = first;
+  const CallOptions second = first;
+  first.number = std::make_shared<std::atomic<std::uint64_t>>();
   const Done done = ending(work);
 
   const Done added = [state, work, done, completions = shared_.completions](const Status& status) {
@@ -153,9 +154,6 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
     session->group->allGather(state->mine.data(), outs, counts, DataType::kUInt8, std::move(step),
                               added);
   };
-  // The number of the second step, in the order of calls; its launch comes when the sizes are here.
-  const std::lock_guard order(sparse_mutex_);
-  second.second_step = sparse_calls_++;
   shared_.launches->launch(nullptr, [=, completions = shared_.completions] {
     std::vector<void*> outs;
     for (Facts& facts : state->all) outs.push_back(facts.data());
@@ -164,7 +162,11 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
                               first, [=](const Status& status) {
                                 completions->post([=] {
                                   const Status verdict = status.ok() ? compare(*state) : status;
-                                  if (verdict.ok()) return move(second);
+                                  if (verdict.ok()) {
+                                    CallOptions step = second;
+                                    step.second_step = *first.number;
+                                    return move(std::move(step));
+                                  }
                                   state->target.reset();
                                   done(verdict);
                                 });
