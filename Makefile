@@ -27,13 +27,13 @@ CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python fuzz-smoke fuzz lint tidy format bench clean
+.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python test-integrations fuzz-smoke fuzz lint tidy format bench clean
 
 help: ## this table
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 	@echo
 	@echo 'netlab takes WORKERS=$(WORKERS) REDUCERS=$(REDUCERS) RATE=$(RATE) SIZES=$(SIZES);'
-	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python takes ARGS for pytest.'
+	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest.'
 
 setup: ## everything this machine lacks: system packages, .venv, the build (quick if nothing)
 	@tools/setup.sh
@@ -89,6 +89,11 @@ fuzz: fuzz-smoke ## the same, half an hour each
 test-python: setup ## pytest: the backend, the reducers, the command line, as real processes
 	$(VENV)/python -m pytest $(ARGS)
 
+# The examples of examples/*_train.py as a user runs them. Has Python packages of its own, so that `setup` needs none of them.
+test-integrations: setup ## Lightning, Accelerate and Ray Train on this backend, in .venv-integrations (not a part of test)
+	@tools/setup.sh integrations
+	.venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
+
 tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
 	cmake -S . -B build/native >/dev/null
 	$(RUN_CLANG_TIDY) -clang-tidy-binary $(CLANG_TIDY) -quiet -j $(JOBS) -p build/native \
@@ -106,7 +111,7 @@ bench: setup ## the kernels beside plain loops, then all-reduce on this machine 
 	mkdir -p out
 	$(VENV)/reducer bench --json out/bench.json --png out/bench.png
 
-clean: ## removes what was built (not .venv)
+clean: ## removes what was built (not .venv, .venv-integrations)
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf reducer/bin reducer/*.so .venv/.native.stamp
-	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf

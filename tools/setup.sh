@@ -1,13 +1,27 @@
 #!/usr/bin/env bash
 # Everything that reducer needs on this machine: system packages (Debian, by apt), .venv, the native build.
-# Idempotent, and quick when there is nothing to do. `make setup` calls it. From the environment:
+# Idempotent, and quick when there is nothing to do. `make setup` calls it. `tools/setup.sh integrations` makes
+# .venv-integrations after that: torch, the frameworks of tests/integrations, and the reducer that was built for .venv.
+# From the environment:
 #   PYTHON           the interpreter for a new .venv (default: python3; 3.11 or newer, as the pinned packages want)
 #   TORCH_INDEX_URL  where torch's CPU build is found (default: PyTorch's own index)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly venv=.venv
-readonly python=$venv/bin/python
+case "${1-}" in
+  '')
+    venv=.venv requirements=(requirements-dev.txt)
+    ;;
+  integrations)
+    # The interpreter that the native module was built for.
+    venv=.venv-integrations requirements=(requirements-integrations.txt requirements-dev.txt) PYTHON=.venv/bin/python
+    ;;
+  *)
+    echo 'usage: tools/setup.sh [integrations]' >&2
+    exit 2
+    ;;
+esac
+readonly venv requirements python=$venv/bin/python
 readonly torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
 
 say() { printf '== setup: %s\n' "$*"; }
@@ -50,7 +64,7 @@ virtual_environment() {
 # is looked for first: where pip looks anyway, then at PyTorch's own index; else it is the big one.
 cpu_torch() {
   local torch
-  torch=$(sed -n 's/^torch==//p' requirements-dev.txt)
+  torch=$(sed -n 's/^torch==//p' "${requirements[0]}")
   if [ -e /dev/nvidiactl ] || [ "$(uname -m)" != x86_64 ]; then return; fi
   if "$python" -c "import importlib.metadata as m; assert m.version('torch').split('+')[0] == '$torch'" 2>/dev/null
   then return; fi
@@ -62,11 +76,11 @@ cpu_torch() {
 
 python_packages() {
   local stamp=$venv/.requirements.sha256 sum
-  sum=$(sha256sum <requirements-dev.txt)
+  sum=$(cat "${requirements[@]}" | sha256sum)
   if [ "$(cat "$stamp" 2>/dev/null)" = "$sum" ]; then return; fi
   cpu_torch
-  say "Python packages of requirements-dev.txt"
-  "$python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+  say "Python packages of ${requirements[0]}"
+  "$python" -m pip install -q --disable-pip-version-check -r "${requirements[0]}"
   printf '%s\n' "$sum" >"$stamp"
 }
 
@@ -98,8 +112,26 @@ editable_install() {
   touch "$stamp"
 }
 
-system_packages
-virtual_environment
-python_packages
-native_build
-editable_install
+# An editable install would configure and compile the native build again, for this other interpreter. What it would
+# leave behind is the package's metadata (torch finds the backend by the entry point in it) and this folder on the path.
+install_as_built() {
+  local site
+  site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+  printf '%s\n' "$PWD" >"$site/reducer.pth"
+  if ! newer_than "$site/reducer.egg-info/entry_points.txt" setup.py pyproject.toml reducer/__init__.py; then return; fi
+  say "reducer into $venv, as built"
+  .venv/bin/python setup.py -q egg_info --egg-base "$site"
+  touch "$site/reducer.egg-info/entry_points.txt"
+}
+
+if [ "$venv" = .venv ]; then
+  system_packages
+  virtual_environment
+  python_packages
+  native_build
+  editable_install
+else
+  virtual_environment
+  python_packages
+  install_as_built
+fi
