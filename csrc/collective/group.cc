@@ -44,8 +44,7 @@ class GroupHandle final : public Group {
     if (!checkOp(op, dtype, done)) return;
     const wire::Call call = makeCall(Collective::kAllReduce, op, dtype, count);
     if (state_->algorithm() == Algorithm::kRing && n_ > 1) {
-      if (in != out && count > 0) std::memcpy(out, in, count * sizeOf(dtype));
-      state_->runRing(call, bytes(out), std::move(options), std::move(done));
+      ring(call, in, out, std::move(options), std::move(done));
       return;
     }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
@@ -235,6 +234,24 @@ class GroupHandle final : public Group {
   bool waitClosed(Duration timeout) override { return state_->waitClosed(timeout); }
 
  private:
+  // First the ranks compare their calls, as for every collective: a ring sums in place, and when
+  // they differ the inputs must be as before. Then it turns in a lane of its own: its later steps
+  // must not stand behind operations that other ranks have not come to yet.
+  void ring(const wire::Call& call, const void* in, void* out, CallOptions options, Done done) {
+    CallOptions turning = options;
+    options.number = std::make_shared<std::atomic<std::uint64_t>>();
+    const auto number = options.number;
+    state_->run(
+        call, wire::kCollectiveLane, std::move(options),
+        [=, state = state_, done = std::move(done)](const Status& status) {
+          if (!status.ok()) return done(status);
+          const std::size_t nbytes = call.count * sizeOf(call.dtype);
+          if (in != out && nbytes > 0) std::memcpy(out, in, nbytes);
+          state->runRing(call, bytes(out), *number, turning, done);
+        },
+        [&](std::uint64_t seq) { return compared(seq); });
+  }
+
   /// Over all owners, everybody pushes and pulls.
   Transfer mapped(const wire::Call& call, std::uint64_t seq) const {
     Transfer transfer;

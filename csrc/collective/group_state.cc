@@ -176,8 +176,9 @@ void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions opt
          });
 }
 
-void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done) {
-  launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
+void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t number,
+                         CallOptions options, Done done) {
+  launch(call, wire::stepLane(number), std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const OwnerIndex next = (config_.rank + 1) % config_.world_size;
            const auto ring =
@@ -188,7 +189,6 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, CallOptions opt
            for (Cursor& cursor : ring->pulls())
              queued.emplace_back(config_.rank, std::move(cursor));
            queued.emplace_back(next, ring->firstPushes());
-           queued.emplace_back(map_.coordinator(ring->info().seq), ring->comparison());
            return queued;
          });
 }
@@ -220,7 +220,7 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
           from == kAllRanks ? "any rank" : "rank " + std::to_string(from) + " (behind another)";
       const std::string late = engine::describe(call) + " from " + whom + ", tag " +
                                std::to_string(tag) + ", in group '" + config_.name +
-                               "': nothing was sent within " + waited + "; here is rank " +
+                               "': timeout after " + waited + ", nothing was sent; here is rank " +
                                std::to_string(config_.rank) + " (" + config_.host + ")";
       Receives::Request request;
       request.from = from;
@@ -284,9 +284,10 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   const std::string& name = links_[owner]->name();
   if (reason.ok()) {
     // It left in good order: only what still needs it fails, now or later.
-    const Status left(Code::kUnavailable, name + " has left the group");
     for (const auto& operation : operations()) {
-      if (links_[owner]->waiting(*operation) > 0) fail(operation, left);
+      if (links_[owner]->waiting(*operation) == 0) continue;
+      fail(operation, Status(Code::kUnavailable, engine::describe(operation->info().call) + ": " +
+                                                     links_[owner]->hasLeft()));
     }
     return;
   }
@@ -310,7 +311,10 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
   std::snprintf(waited, sizeof waited, "%.1f s",
                 std::chrono::duration<double>(now - operation.info().started).count());
   std::string text = engine::describe(operation.info().call) + ", collective #" +
-                     std::to_string(operation.info().seq) + ": no answer within " + waited;
+                     std::to_string(wire::isStepLane(operation.info().lane)
+                                        ? wire::stepNumber(operation.info().lane)
+                                        : operation.info().seq) +
+                     ": timeout after " + waited + ", no answer";
   std::string from;
   for (const auto& link : links_) {
     const std::size_t pieces = link->waiting(operation);

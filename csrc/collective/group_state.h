@@ -41,7 +41,9 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   void receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
                std::function<void(Rank from, std::optional<std::uint64_t> number)> start,
                std::function<void(const Status&)> fail);
-  void runRing(const wire::Call& call, std::byte* out, CallOptions options, Done done);
+  /// The ring of the all-reduce with that number.
+  void runRing(const wire::Call& call, std::byte* out, std::uint64_t number, CallOptions options,
+               Done done);
 
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;

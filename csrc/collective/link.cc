@@ -40,8 +40,8 @@ void Link::open() {
 Status Link::enqueue(Cursor cursor) {
   const std::lock_guard lock(mutex_);
   if (closed_ || closing_) {
-    return Status(Code::kUnavailable, config_.name + (down_.ok() ? " has left the group"
-                                                                 : " is gone: " + down_.message()));
+    return Status(Code::kUnavailable,
+                  down_.ok() ? hasLeft() : config_.name + " is gone: " + down_.message());
   }
   queues_[cursor.operation->info().lane].cursors.push_back(std::move(cursor));
   return {};
@@ -83,7 +83,7 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
 bool Link::pump(std::size_t pieces_max) {
   {
     const std::lock_guard lock(mutex_);
-    if (queues_.empty()) return false;
+    if (queues_.empty() && cancels_.empty()) return false;
   }
   open();
   std::unique_lock lock(mutex_);
@@ -95,6 +95,14 @@ bool Link::pump(std::size_t pieces_max) {
   std::size_t sent = 0;
   do {
     pump_again_ = false;
+    while (!cancels_.empty() && connection_ && !closed_) {
+      const wire::Frame frame = std::move(cancels_.front());
+      cancels_.pop_front();
+      const std::shared_ptr<transport::Connection> connection = connection_;
+      lock.unlock();
+      connection->send(frame, {});
+      lock.lock();
+    }
     while (sent < pieces_max && connection_ && !closed_) {
       Awaited awaited;
       Payload payload;
@@ -112,7 +120,7 @@ bool Link::pump(std::size_t pieces_max) {
       ++sent;
       lock.lock();
     }
-  } while (pump_again_ && sent < pieces_max);
+  } while (pump_again_ && (sent < pieces_max || !cancels_.empty()));
   pumping_ = false;
   return sent > 0;
 }
@@ -138,22 +146,32 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
   }
 }
 
+bool Link::takeAnswered(const wire::SlotId& slot, Awaited& awaited) {
+  const auto found = awaited_.find(slot);
+  if (found == awaited_.end()) return false;
+  awaited = std::move(found->second);
+  awaited_.erase(found);
+  const std::uint64_t lane = wire::operationLane(slot.lane);
+  Queue& queue = queues_[lane];
+  --queue.outstanding;
+  queue.outstanding_bytes -= awaited.cost;
+  outstanding_bytes_ -= awaited.cost;
+  forgetIfEmpty(lane);
+  return true;
+}
+
+void Link::forgetIfEmpty(std::uint64_t lane) {
+  const auto queue = queues_.find(lane);
+  if (lane == wire::kCollectiveLane || queue == queues_.end()) return;
+  if (queue->second.outstanding == 0 && queue->second.cursors.empty()) queues_.erase(queue);
+}
+
 void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   Awaited awaited;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = awaited_.find(frame.slot);
-    if (found == awaited_.end()) return;  // of a cancelled operation
-    awaited = std::move(found->second);
-    awaited_.erase(found);
-    Queue& queue = queues_[wire::operationLane(frame.slot.lane)];
-    --queue.outstanding;
-    queue.outstanding_bytes -= awaited.cost;
-    outstanding_bytes_ -= awaited.cost;
+    if (!takeAnswered(frame.slot, awaited)) return;
     pulled_bytes_ += payload.nbytes();
-    if (frame.slot.lane != 0 && queue.outstanding == 0 && queue.cursors.empty()) {
-      queues_.erase(wire::operationLane(frame.slot.lane));
-    }
   }
   Status wrong;
   const bool pulls = awaited.piece.out != nullptr;
@@ -168,7 +186,9 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
         Status(Code::kInternal, "a result of " + config_.name +
                                     " arrived with a wrong checksum: memory or network damage it");
   }
-  if (!wrong.ok()) {
+  if (!awaited.operation) {
+    // Cancelled: only its place in the window was waited for.
+  } else if (!wrong.ok()) {
     if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong);
   } else if (!awaited.operation->finished()) {
     awaited.operation->accept(awaited.piece, payload);
@@ -184,41 +204,33 @@ void Link::onError(const wire::Frame& frame) {
     fatal_ = status;  // onClosed follows
     return;
   }
-  if (const auto events = events_.lock()) events->onOperationError(frame.slot, status);
-}
-
-bool Link::cancel(const Operation& operation, const Status& why) {
-  const std::uint64_t lane = operation.info().lane;
-  std::vector<std::shared_ptr<Operation>> dropped;  // released outside of the lock
-  std::shared_ptr<transport::Connection> connection;
+  Awaited awaited;
   {
     const std::lock_guard lock(mutex_);
-    const auto queue = queues_.find(lane);
-    if (queue != queues_.end()) {
-      std::erase_if(queue->second.cursors, [&](Cursor& cursor) {
-        if (cursor.operation.get() != &operation) return false;
-        dropped.push_back(std::move(cursor.operation));
-        return true;
-      });
-    }
-    for (auto it = awaited_.begin(); it != awaited_.end();) {
-      if (it->second.operation.get() != &operation) {
-        ++it;
-        continue;
-      }
-      --queue->second.outstanding;
-      queue->second.outstanding_bytes -= it->second.cost;
-      outstanding_bytes_ -= it->second.cost;
-      dropped.push_back(std::move(it->second.operation));
-      it = awaited_.erase(it);
-    }
-    if (lane != 0 && queue != queues_.end() && queue->second.cursors.empty() &&
-        queue->second.outstanding == 0) {
-      queues_.erase(queue);
-    }
-    connection = connection_;
-    if (closed_ || !connection) return !dropped.empty();
+    takeAnswered(frame.slot, awaited);
   }
+  if (const auto events = events_.lock()) events->onOperationError(frame.slot, status);
+  awaited.operation.reset();
+  pump(std::numeric_limits<std::size_t>::max());
+}
+
+void Link::cancel(const Operation& operation, const Status& why) {
+  const std::uint64_t lane = operation.info().lane;
+  std::vector<std::shared_ptr<Operation>> dropped;  // released outside of the lock
+  const std::lock_guard lock(mutex_);
+  const auto queue = queues_.find(lane);
+  if (queue != queues_.end()) {
+    std::erase_if(queue->second.cursors, [&](Cursor& cursor) {
+      if (cursor.operation.get() != &operation) return false;
+      dropped.push_back(std::move(cursor.operation));
+      return true;
+    });
+  }
+  for (auto& [slot, awaited] : awaited_) {
+    if (awaited.operation.get() == &operation) dropped.push_back(std::move(awaited.operation));
+  }
+  forgetIfEmpty(lane);
+  if (closed_ || !connection_) return;
   wire::Frame frame;
   frame.kind = wire::FrameKind::kCancel;
   frame.slot.lane = lane;
@@ -226,8 +238,7 @@ bool Link::cancel(const Operation& operation, const Status& why) {
   frame.call = operation.info().call;
   frame.code = why.code();
   frame.text = why.message();
-  connection->send(frame, {});
-  return !dropped.empty();
+  cancels_.push_back(std::move(frame));
 }
 
 std::size_t Link::waiting(const Operation& operation) {

@@ -56,8 +56,10 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   /// sent.
   bool pump(std::size_t pieces_max);
 
-  /// Drops all pieces of an operation and tells the owner. False if the link had none.
-  bool cancel(const Operation& operation, const Status& why);
+  /// Drops all pieces of an operation and queues a word to the owner; pump() sends it. What is
+  /// under way keeps its place in the window until the owner has answered: it counts the bytes,
+  /// too.
+  void cancel(const Operation& operation, const Status& why);
 
   /// Pieces of the operation that wait here, to be sent or to be answered.
   std::size_t waiting(const Operation& operation);
@@ -69,6 +71,10 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   bool closed();
 
   const std::string& name() const { return config_.name; }
+  /// What is said of an owner that said goodbye.
+  std::string hasLeft() const {
+    return config_.name + " has left the group; make a new group, without it or when it is back";
+  }
   std::size_t windowBytes() const { return config_.window_bytes; }
   std::size_t outstandingBytesMax();
   std::uint64_t pushedBytes();
@@ -84,8 +90,8 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
     }
   };
   struct Awaited {
-    std::shared_ptr<Operation> operation;
-    Piece piece;  // its payload moved on
+    std::shared_ptr<Operation> operation;  // null: cancelled
+    Piece piece;                           // its payload moved on
     std::size_t cost = 0;
   };
   struct Queue {  // of one lane
@@ -95,6 +101,9 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   };
 
   bool nextPiece(Awaited& awaited, Payload& payload);
+  /// Takes an answered piece out, with its place in the window. Called with the lock held.
+  bool takeAnswered(const wire::SlotId& slot, Awaited& awaited);
+  void forgetIfEmpty(std::uint64_t lane);
   void onResult(const wire::Frame& frame, const Payload& payload);
   void onError(const wire::Frame& frame);
   std::size_t costOf(const Piece& piece) const;
@@ -111,6 +120,7 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   Status fatal_;                           // the owner's last words
   std::map<std::uint64_t, Queue> queues_;  // by operation lane
   std::unordered_map<wire::SlotId, Awaited, SlotHash> awaited_;
+  std::deque<wire::Frame> cancels_;  // go before pieces
   bool pumping_ = false;
   bool pump_again_ = false;
   std::size_t outstanding_bytes_ = 0;

@@ -11,9 +11,6 @@ namespace {
 // Cursor::transfer of a ring's pieces.
 constexpr std::uint32_t kPush = 0;
 constexpr std::uint32_t kPull = 1;
-constexpr std::uint32_t kCompare = 2;  // chunk 0, empty, where all ranks show what they call
-
-constexpr std::uint32_t kFirstChunk = 1;
 
 }  // namespace
 
@@ -57,14 +54,7 @@ std::vector<Cursor> RingAllReduce::pulls() {
 
 Cursor RingAllReduce::firstPushes() { return {shared_from_this(), kPush, 0, 0, chunks_}; }
 
-Cursor RingAllReduce::comparison() { return {shared_from_this(), kCompare, 0, 0, 1}; }
-
 Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) {
-  if (transfer == kCompare) {
-    Piece piece;
-    piece.frame = frame();
-    return piece;
-  }
   const bool push = transfer == kPush;
   const std::uint32_t previous = (rank_ + n_ - 1) % n_;
   // What I get in a step is what my neighbour sends in it.
@@ -73,10 +63,10 @@ Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::
   const Span span = spanOf(segment, round);
   Piece piece;
   piece.frame = frame();
-  // A neighbour may be late because of its own neighbour. Who is really missing shows in the
-  // comparison.
+  // A neighbour may be late because of its own neighbour. Who is missing has shown in the
+  // comparison, and who dies is noticed by all.
   piece.frame.timeout_ms = 0;
-  piece.frame.slot.chunk = static_cast<std::uint32_t>(kFirstChunk + position * chunks_ + round);
+  piece.frame.slot.chunk = static_cast<std::uint32_t>(position * chunks_ + round);
   piece.frame.pusher = static_cast<Rank>(push ? rank_ : previous);
   piece.frame.puller = static_cast<Rank>(push ? (rank_ + 1) % n_ : rank_);
   piece.frame.offset = span.offset;
@@ -89,10 +79,9 @@ Piece RingAllReduce::piece(std::uint32_t transfer, std::uint32_t position, std::
 }
 
 void RingAllReduce::accept(const Piece& piece, const Payload& result) {
-  // Else the neighbour took a push over, or the calls are equal. (`out` is no sign: an empty tensor
-  // has none.)
+  // Else the neighbour took a push over. (`out` is no sign: an empty tensor has none.)
   if (piece.frame.puller != static_cast<Rank>(rank_)) return;
-  const std::uint64_t number = piece.frame.slot.chunk - kFirstChunk;
+  const std::uint64_t number = piece.frame.slot.chunk;
   const auto step = static_cast<std::uint32_t>(number / chunks_);
   const wire::Call& call = info().call;
   const std::size_t count = result.nbytes() / sizeOf(call.dtype);

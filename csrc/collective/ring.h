@@ -20,11 +20,9 @@ class RingAllReduce final : public Operation {
   RingAllReduce(Info info, std::byte* out, Rank rank, Rank world_size, std::size_t chunk_bytes,
                 std::shared_ptr<Link> next);
 
-  /// What to queue at the start: on the link to the reducer inside this process, on `next`, and at
-  /// the operation's coordinator.
+  /// What to queue at the start: on the link to the reducer inside this process, and on `next`.
   std::vector<Cursor> pulls();
   Cursor firstPushes();
-  Cursor comparison();
 
   Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) override;
   void accept(const Piece& piece, const Payload& result) override;

@@ -130,8 +130,8 @@ std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint
       missing.push_back(rank);
     }
   }
-  return nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": waited " +
-         seconds(now - slot.since) + " for " + nameRanks(group, missing) + "; here " +
+  return nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": timeout after " +
+         seconds(now - slot.since) + ", waiting for " + nameRanks(group, missing) + "; here " +
          (here.size() == 1 ? "is " : "are ") + nameRanks(group, here);
 }
 
@@ -322,6 +322,7 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
     return;
   }
   if (isPusher(slot.head, rank)) {
+    slot.head.has_checksum |= frame.has_checksum;
     counters_.held_bytes += payload.nbytes();
     slot.contributions[slot.head.pusher == kAllRanks ? rank : 0] = std::move(payload);
   }

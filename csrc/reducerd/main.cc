@@ -42,6 +42,7 @@ int serve(const Options& options) {
   grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
   const auto transport = transport::makeGrpcTransport(grpc);
   server::ServerOptions settings;
+  settings.standalone = true;
   settings.memory_limit_bytes = options.memory_limit_bytes;
   settings.shards = 16 * options.threads;
   settings.host = runtime::hostLabel();

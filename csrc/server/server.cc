@@ -48,12 +48,16 @@ Status ServerState::join(const std::shared_ptr<Session>& session, const wire::He
 Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
                           engine::Actions& actions) {
   const std::lock_guard lock(registry_mutex);
+  silent.erase(session);
   const auto found = groups.find(hello.job);
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
   if (hello.job.size() != kJobBytes) {
     return Status(Code::kInvalidArgument, who + " named its job with " +
                                               std::to_string(hello.job.size()) +
                                               " bytes; a job has " + std::to_string(kJobBytes));
+  }
+  if (hello.window_bytes == 0) {
+    return Status(Code::kInvalidArgument, who + " announced a window of 0 bytes");
   }
   if (found == groups.end()) {
     if (draining) {
@@ -63,8 +67,8 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
                         "of REDUCER_SERVERS");
     }
     // A slot holds a push of every rank, or its result: the window of each rank counts twice.
-    const std::uint64_t needed = 2 * static_cast<std::uint64_t>(hello.world_size) *
-                                 std::max<std::uint64_t>(hello.window_bytes, 1);
+    const std::uint64_t needed =
+        2 * static_cast<std::uint64_t>(hello.world_size) * hello.window_bytes;
     if (needed / 2 / hello.world_size != hello.window_bytes ||
         needed > options.memory_limit_bytes -
                      std::min<std::uint64_t>(reserved_bytes, options.memory_limit_bytes)) {
@@ -82,12 +86,14 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
     record.config = hello.config;
     record.config_text = hello.config_text;
     record.config_host = who;
+    record.window_bytes = hello.window_bytes;
     record.reserved_bytes = needed;
     reserved_bytes += needed;
     groups.emplace(hello.job, std::move(record));
   }
   GroupRecord& record = groups.at(hello.job);
-  if (record.world_size != hello.world_size || record.config != hello.config) {
+  if (record.world_size != hello.world_size || record.config != hello.config ||
+      record.window_bytes != hello.window_bytes) {
     return Status(Code::kMismatch,
                   "group '" + hello.group + "' is set up differently on its ranks: " + who +
                       " has a world size of " + std::to_string(hello.world_size) + " and " +
@@ -122,7 +128,9 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
     }
     for (const auto& shard : shards) {
       const std::lock_guard shard_lock(shard->mutex);
+      const std::uint64_t before = shard->engine.counters().held_bytes;
       shard->engine.leave(session, why, actions);
+      held_bytes += shard->engine.counters().held_bytes - before;
     }
   }
   perform(std::move(actions));
@@ -171,6 +179,28 @@ void ServerState::tick(TimePoint now) {
     held_bytes += shard->engine.counters().held_bytes - before;
   }
   perform(std::move(actions));
+
+  std::vector<std::shared_ptr<Session>> late;
+  {
+    const std::lock_guard lock(registry_mutex);
+    for (const auto& [session, since] : silent) {
+      if (now - since > options.hello_within) late.push_back(session);
+    }
+    for (const auto& session : late) silent.erase(session);
+  }
+  for (const auto& session : late) {
+    session->refuse(Code::kTimeout, "this connection did not say which worker it is");
+  }
+}
+
+std::shared_ptr<Session> ServerState::open(std::shared_ptr<transport::Connection> connection,
+                                           bool local) {
+  auto session = std::make_shared<Session>(shared_from_this(), std::move(connection), local);
+  if (!local) {
+    const std::lock_guard lock(registry_mutex);
+    silent.emplace(session, transport.now());
+  }
+  return session;
 }
 
 void ServerState::perform(engine::Actions actions) {
@@ -204,8 +234,8 @@ ReducerServer::~ReducerServer() {
 
 void ReducerServer::finish(Duration timeout) {
   std::unique_lock lock(state_->registry_mutex);
-  const std::vector<std::shared_ptr<Session>> open(state_->sessions.begin(),
-                                                   state_->sessions.end());
+  std::vector<std::shared_ptr<Session>> open(state_->sessions.begin(), state_->sessions.end());
+  for (const auto& [session, since] : state_->silent) open.push_back(session);
   lock.unlock();
   for (const auto& session : open) session->close(Status(), /*flush=*/true);
   lock.lock();
@@ -216,7 +246,7 @@ Status ReducerServer::listen(const std::string& address) {
   REDUCER_CHECK(!listener_);
   auto listener = state_->transport.listen(
       address, [state = state_](std::shared_ptr<transport::Connection> connection) {
-        return std::make_shared<Session>(state, std::move(connection), /*local=*/false);
+        return state->open(std::move(connection), /*local=*/false);
       });
   if (!listener.ok()) return listener.status();
   listener_ = std::move(listener).value();
@@ -231,8 +261,7 @@ std::shared_ptr<transport::Connection> ReducerServer::connectLocal(
     std::shared_ptr<transport::Handler> handler) {
   return connectInProcess(state_->transport, std::move(handler),
                           [state = state_](std::shared_ptr<transport::Connection> connection) {
-                            return std::make_shared<Session>(state, std::move(connection),
-                                                             /*local=*/true);
+                            return state->open(std::move(connection), /*local=*/true);
                           });
 }
 

@@ -1,6 +1,7 @@
 // A reducer: the engine behind a transport. The same class runs standalone and inside every worker.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -17,7 +18,9 @@ struct ServerOptions {
                                    << 30;  ///< for chunks held and results not yet sent
   int shards = 16;   ///< independent parts of the slot table; more than the threads that serve it
   std::string host;  ///< "hostname:pid", for messages
-  Duration tick = std::chrono::milliseconds(100);  ///< how often deadlines are looked at
+  bool standalone = false;  ///< serves the collectives only: send and recv go from worker to worker
+  Duration hello_within = std::chrono::seconds(10);  ///< after which a silent connection is closed
+  Duration tick = std::chrono::milliseconds(100);    ///< how often deadlines are looked at
 };
 
 /// One group of one job, as `Stats` shows it.

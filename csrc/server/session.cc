@@ -4,6 +4,12 @@
 #include "wire/lane.h"
 
 namespace reducer::server {
+namespace {
+
+// Slots cost memory even where chunks are empty. Far above what a worker has: 1,024 in a lane.
+constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
+
+}  // namespace
 
 void Session::onFrame(wire::Frame frame, Payload payload) {
   if (Status status = dispatch(frame, std::move(payload)); !status.ok()) {
@@ -15,21 +21,8 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
   switch (frame.kind) {
     case wire::FrameKind::kHello:
       return hello(frame.hello);
-    case wire::FrameKind::kPush: {
-      // The memory that was promised at hello is all that a worker gets: its own window. (What a
-      // worker's own reducer holds for it is the worker's own memory, and send and recv never go
-      // through another host.)
-      const auto length = windowed(frame);
-      const std::int64_t outstanding = outstanding_bytes_.fetch_add(length) + length;
-      if (outstanding > static_cast<std::int64_t>(hello_.window_bytes)) {
-        return Status(Code::kResourceExhausted, "rank " + std::to_string(hello_.rank) + " has " +
-                                                    std::to_string(outstanding) +
-                                                    " bytes outstanding, more than the window of " +
-                                                    std::to_string(hello_.window_bytes) +
-                                                    " that it announced");
-      }
-      return state_->push(shared_from_this(), frame, std::move(payload));
-    }
+    case wire::FrameKind::kPush:
+      return push(frame, std::move(payload));
     case wire::FrameKind::kCancel:
       return state_->cancel(shared_from_this(), frame);
     case wire::FrameKind::kBye:
@@ -41,25 +34,60 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
   }
 }
 
+Status Session::push(const wire::Frame& frame, Payload payload) {
+  const std::string who = "rank " + std::to_string(hello_.rank);
+  if (state_->options.standalone && wire::isPairLane(frame.slot.lane)) {
+    return Status(
+        Code::kInvalidArgument,
+        who + " sends through a standalone reducer; send and recv go to the other worker");
+  }
+  if (frame.has_checksum && payload.nbytes() > 0 && wire::crc32c(payload) != frame.checksum) {
+    return Status(Code::kInternal,
+                  "a chunk of " + who + " (" + hello_.host + ") arrived at " +
+                      state_->options.host +
+                      " with a wrong checksum: memory or network damaged it on the way");
+  }
+  // The memory that was promised at hello is all that a worker gets: its own window. (What a
+  // worker's own reducer holds for it is the worker's own memory, and send and recv never go
+  // through another host.)
+  const auto length = windowed(frame);
+  const std::int64_t outstanding = outstanding_bytes_.fetch_add(length) + length;
+  if (outstanding > static_cast<std::int64_t>(hello_.window_bytes)) {
+    return Status(Code::kResourceExhausted, who + " has " + std::to_string(outstanding) +
+                                                " bytes outstanding, more than the window of " +
+                                                std::to_string(hello_.window_bytes) +
+                                                " that it announced");
+  }
+  if (++outstanding_frames_ > kOutstandingFramesMax && state_->options.standalone) {
+    return Status(
+        Code::kResourceExhausted,
+        who + " has more than " + std::to_string(kOutstandingFramesMax) + " chunks outstanding");
+  }
+  return state_->push(shared_from_this(), frame, std::move(payload));
+}
+
 std::int64_t Session::windowed(const wire::Frame& frame) const {
+  if (state_->options.standalone) return static_cast<std::int64_t>(frame.length);
   if (in_process || wire::operationLane(frame.slot.lane) != wire::kCollectiveLane) return 0;
   return static_cast<std::int64_t>(frame.length);
 }
 
 Status Session::hello(const wire::Hello& hello) {
-  const std::lock_guard lock(mutex_);
-  if (refused_) return {};
-  if (joined_) return Status(Code::kInvalidArgument, "a second hello on one connection");
-  if (hello.version != kProtocolVersion) {
-    return Status(Code::kVersion, "this reducer (" + state_->options.host +
-                                      ") speaks protocol version " +
-                                      std::to_string(kProtocolVersion) + ", the worker speaks " +
-                                      std::to_string(hello.version) +
-                                      "; install the same version of reducer on both");
+  {
+    const std::lock_guard lock(mutex_);
+    if (refused_) return {};
+    if (joined_) return Status(Code::kInvalidArgument, "a second hello on one connection");
+    if (hello.version != kProtocolVersion) {
+      return Status(Code::kVersion, "this reducer (" + state_->options.host +
+                                        ") speaks protocol version " +
+                                        std::to_string(kProtocolVersion) + ", the worker speaks " +
+                                        std::to_string(hello.version) +
+                                        "; install the same version of reducer on both");
+    }
+    hello_ = hello;
+    if (Status status = state_->join(shared_from_this(), hello); !status.ok()) return status;
+    joined_ = true;
   }
-  hello_ = hello;
-  if (Status status = state_->join(shared_from_this(), hello); !status.ok()) return status;
-  joined_ = true;
   wire::Frame reply;
   reply.kind = wire::FrameKind::kWelcome;
   reply.hello.version = kProtocolVersion;
@@ -70,6 +98,9 @@ Status Session::hello(const wire::Hello& hello) {
 
 void Session::answer(const wire::Frame& frame, Payload payload) {
   outstanding_bytes_ -= windowed(frame);
+  if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
+    --outstanding_frames_;
+  }
   connection_->send(frame, std::move(payload));
 }
 
@@ -106,6 +137,7 @@ void Session::onClosed(const Status& reason) {
   if (joined) state_->leave(shared_from_this(), hello_, why);
   const std::lock_guard lock(state_->registry_mutex);
   state_->sessions.erase(shared_from_this());
+  state_->silent.erase(shared_from_this());
   state_->session_gone.notify_all();
 }
 

@@ -20,7 +20,7 @@ class Session;
 
 /// What all sessions of a reducer share. The slot table is split in shards, each with its own lock;
 /// the group registry's lock is taken at hello and goodbye only.
-struct ServerState {
+struct ServerState : std::enable_shared_from_this<ServerState> {
   struct Shard {
     std::mutex mutex;
     engine::Engine engine;
@@ -30,13 +30,16 @@ struct ServerState {
     std::int32_t world_size = 0;
     std::uint64_t config = 0;
     std::string config_text;
-    std::string config_host;  // who set it
+    std::string config_host;         // who set it
+    std::uint64_t window_bytes = 0;  // of each worker
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
   };
 
   ServerState(transport::Transport& transport, ServerOptions options);
 
+  /// A connection that has not said who it is.
+  std::shared_ptr<Session> open(std::shared_ptr<transport::Connection> connection, bool local);
   /// Takes the worker in, or says why not.
   Status join(const std::shared_ptr<Session>& session, const wire::Hello& hello);
   /// The part of join() that needs the registry's lock.
@@ -60,6 +63,7 @@ struct ServerState {
   std::condition_variable session_gone;
   std::unordered_map<std::string, GroupRecord> groups;  // by job
   std::unordered_set<std::shared_ptr<Session>> sessions;
+  std::unordered_map<std::shared_ptr<Session>, TimePoint> silent;  // no hello yet: since when
   std::uint64_t reserved_bytes = 0;
   bool draining = false;
 
@@ -91,6 +95,7 @@ class Session final : public transport::Handler,
 
  private:
   Status dispatch(const wire::Frame& frame, Payload payload);
+  Status push(const wire::Frame& frame, Payload payload);
   Status hello(const wire::Hello& hello);
   /// Bytes of the frame that count against the worker's window.
   std::int64_t windowed(const wire::Frame& frame) const;
@@ -103,6 +108,7 @@ class Session final : public transport::Handler,
   bool refused_ = false;
   std::atomic<bool> said_bye_{false};
   std::atomic<std::int64_t> outstanding_bytes_{0};
+  std::atomic<std::int64_t> outstanding_frames_{0};
 };
 
 }  // namespace reducer::server

@@ -18,6 +18,21 @@ namespace {
 // small enough for copies and network to overlap in a bucket of DDP (25 MiB).
 constexpr std::size_t kSegmentBytes = std::size_t{4} << 20;
 
+constexpr const char* kMonitoredBarrier = "reducer:monitored_barrier";
+
+// Beyond the tags that torch's users have (32 bits with a sign).
+constexpr std::uint32_t kBarrierTag = 0xFFFF'FFFF;
+
+/// The same buffers, let go on the completion thread, whoever has the last reference: the
+/// transport's threads must not wait for what a foreign owner of memory does at its end.
+std::shared_ptr<Buffers> releasedElsewhere(std::shared_ptr<Buffers> buffers,
+                                           std::shared_ptr<CompletionThread> completions) {
+  Buffers* const raw = buffers.get();
+  return {raw, [held = std::move(buffers), completions = std::move(completions)](Buffers*) mutable {
+            completions->post([held = std::move(held)] {});
+          }};
+}
+
 /// Brings a part's results to the device when it is done.
 Done givingBack(const Part& part, std::shared_ptr<Buffers> buffers, Done done) {
   return [part, buffers = std::move(buffers), done = std::move(done)](const Status& status) {
@@ -53,7 +68,8 @@ c10::intrusive_ptr<ReducerWork> ReducerBackend::makeWork(const Call& call,
   info.type = call.type;
   info.title = call.title;
   info.who = who_;
-  info.sequence = c10d::isP2POp(call.type) ? calls_.load() : calls_++;
+  const bool collective = !c10d::isP2POp(call.type) && call.title != kMonitoredBarrier;
+  info.sequence = collective ? calls_++ : calls_.load();
   info.source = call.source;
   info.parts = parts;
   info.timeout = call.timeout;
@@ -75,6 +91,7 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
   arguments(call).oneDevice(call.inputs, call.outputs);
   call.timeout = timeoutOr(call.timeout) + Milliseconds(ephemeral_ms_.exchange(0));
   DeviceCopies* const copies = buffers ? buffers->copies() : nullptr;
+  if (buffers && buffers->borrowed()) buffers = releasedElsewhere(buffers, shared_.completions);
   std::vector<std::shared_ptr<c10::Event>> ready;
   if (copies != nullptr) {
     parts = segments(std::move(parts), kSegmentBytes);
@@ -283,11 +300,60 @@ WorkPtr ReducerBackend::barrier(const c10d::BarrierOptions& options) {
                 });
 }
 
-// A barrier that times out names the ranks that are missing, on all ranks that came; there is
-// nothing to add.
-void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options,
-                                      bool /*wait_all_ranks*/) {
-  barrier(options)->wait();
+WorkPtr ReducerBackend::signal(int peer, bool out, Milliseconds timeout) {
+  return launch({OpType::BARRIER, kMonitoredBarrier, timeout}, nullptr, {Part()},
+                [peer, out](Group& group, const Part&, CallOptions o, Done done) {
+                  if (out)
+                    return group.send(nullptr, 0, DataType::kUInt8, peer, kBarrierTag, o, done);
+                  group.recv(nullptr, 0, DataType::kUInt8, peer, kBarrierTag, o, done);
+                });
+}
+
+// Over send and recv, as torch's users know it: rank 0 hears from every rank, then lets all go. So
+// it works beside a collective in which others hang, and rank 0 knows who is missing.
+void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
+  const bool unset = options.timeout == c10d::kUnsetTimeout;
+  const Milliseconds timeout = unset ? timeoutOr(options.timeout) : options.timeout;
+  const std::string within = " in " + std::to_string(timeout.count()) + " ms";
+  if (timeout <= Milliseconds(0)) {
+    C10_THROW_ERROR(DistBackendError, who_ + " Rank " + std::to_string(rank_) +
+                                          " timed out in monitoredBarrier" + within);
+  }
+  if (rank_ != 0) {
+    try {
+      signal(0, true, timeout)->wait();
+      signal(0, false, timeout)->wait();
+    } catch (const std::exception& error) {
+      C10_THROW_ERROR(
+          DistBackendError,
+          who_ + " Rank " + std::to_string(rank_) +
+              " successfully reached monitoredBarrier, but received errors while waiting for "
+              "send/recv from rank 0. Please check rank 0 logs for faulty rank. (" +
+              textOf(error) + ")");
+    }
+    return;
+  }
+  std::vector<WorkPtr> heard;
+  for (int rank = 1; rank < size_; ++rank) heard.push_back(signal(rank, false, timeout));
+  std::string missing;
+  std::string why;
+  for (int rank = 1; rank < size_; ++rank) {
+    try {
+      heard[rank - 1]->wait();
+    } catch (const std::exception& error) {
+      missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
+      if (why.empty()) why = textOf(error);
+      if (!wait_all_ranks) break;
+    }
+  }
+  if (!missing.empty()) {
+    C10_THROW_ERROR(DistBackendError, who_ + (wait_all_ranks ? " Ranks " : " Rank ") + missing +
+                                          " failed to pass monitoredBarrier" + within + " (" + why +
+                                          ")");
+  }
+  std::vector<WorkPtr> told;
+  for (int rank = 1; rank < size_; ++rank) told.push_back(signal(rank, true, timeout));
+  for (const WorkPtr& work : told) work->wait();
 }
 
 WorkPtr ReducerBackend::allgather(std::vector<Tensors>& outputs, Tensors& inputs,
@@ -476,7 +542,7 @@ WorkPtr ReducerBackend::send(Tensors& tensors, int to, int tag) {
 }
 
 WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
-  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout, {}, tensors};
+  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout, tensors, tensors};
   call.source = std::make_shared<std::atomic<int>>(from);
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
@@ -493,7 +559,7 @@ WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
 }
 
 WorkPtr ReducerBackend::recvAnysource(Tensors& tensors, int tag) {
-  Call call{OpType::RECVANYSOURCE, "reducer:recv", c10d::kUnsetTimeout, {}, tensors};
+  Call call{OpType::RECVANYSOURCE, "reducer:recvAnySource", c10d::kUnsetTimeout, tensors, tensors};
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   const auto buffers = std::make_shared<Buffers>();

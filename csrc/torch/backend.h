@@ -167,6 +167,8 @@ class ReducerBackend final : public c10d::Backend {
   /// What a part's end does.
   Done ending(const c10::intrusive_ptr<ReducerWork>& work) const;
   WorkPtr enroll(WorkPtr work);
+  /// A message without content to (`out`) or from another rank.
+  WorkPtr signal(int peer, bool out, Milliseconds timeout);
   WorkPtr launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op);
   /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for
   /// all.
@@ -200,7 +202,7 @@ class ReducerBackend final : public c10d::Backend {
   std::atomic<std::uint64_t> splits_{0};
   const ReducerWork::Shared shared_;
   std::mutex mutex_;
-  std::shared_ptr<Session> session_;  // null after shutdown()
+  std::shared_ptr<Session> session_;   // null after shutdown()
   std::thread::id coalescing_thread_;  // of startCoalescing(), until endCoalescing()
   std::vector<WorkPtr> coalesced_;
   struct Child {

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
 
 #include <memory>
@@ -78,6 +79,10 @@ class Buffers {
     }
   }
 
+  /// True if some memory is not torch's own: letting go of it may run any code, and numpy's wants
+  /// the GIL.
+  bool borrowed() const { return borrowed_; }
+
   /// The copies from and to an accelerator; null for tensors of the host.
   DeviceCopies* copies() const { return copies_.get(); }
 
@@ -92,6 +97,10 @@ class Buffers {
   }
   const at::Tensor& keep(const at::Tensor& tensor) {
     storages_.push_back(tensor.storage());
+    const c10::DataPtr& data = tensor.storage().data_ptr();
+    if (data.get() != nullptr && data.get_deleter() != c10::GetCPUAllocator()->raw_deleter()) {
+      borrowed_ = true;
+    }
     return tensor;
   }
   DeviceCopies& copiesFor(const at::Tensor& tensor) {
@@ -103,6 +112,7 @@ class Buffers {
   std::vector<std::pair<at::Tensor, at::Tensor>>
       back_;  // the caller's (an alias), the staging copy
   std::unique_ptr<DeviceCopies> copies_;
+  bool borrowed_ = false;
 };
 
 }  // namespace reducer::torch_backend

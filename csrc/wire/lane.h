@@ -41,6 +41,8 @@ constexpr bool isPairLane(std::uint64_t lane) { return (lane & kPairBit) != 0; }
 /// `number`: of the second steps of this group, from 0.
 constexpr std::uint64_t stepLane(std::uint64_t number) { return kStepBit | number; }
 
+constexpr std::uint64_t stepNumber(std::uint64_t step_lane) { return step_lane ^ kStepBit; }
+
 constexpr bool isStepLane(std::uint64_t lane) {
   return (lane & kStepBit) != 0 && (lane & (kPairBit | kPartBit)) == 0;
 }

@@ -228,8 +228,8 @@ TEST_F(EngineTest, TimeoutNamesTheMissingRanks) {
   advance(std::chrono::milliseconds(200));
   EXPECT_EQ(got_[1].back().frame.code, Code::kTimeout);
   EXPECT_EQ(errorOf(1),
-            "group 'default', collective #4, all_reduce(sum, float32, 2 elements): waited 5.1 s "
-            "for rank 0 "
+            "group 'default', collective #4, all_reduce(sum, float32, 2 elements): timeout after "
+            "5.1 s, waiting for rank 0 "
             "(host0:100), rank 2 (host2:102); here is rank 1 (host1:101)");
   expectEmpty();
 }
