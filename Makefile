@@ -22,7 +22,7 @@ SIZES ?= 1KiB,64KiB,1MiB,16MiB,64MiB
 THREADED_TESTS := exchange_test conformance_test sim_test
 space := $(subst ,, )
 
-CPP_FOLDERS := csrc tests/cpp tests/fuzz benchmarks
+CPP_FOLDERS := csrc tests/cpp tests/fuzz tests/python/accelerator benchmarks
 CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
