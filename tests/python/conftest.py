@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import ranks as harness
+from accelerator.worlds import WORLDS, World
 
 
 @pytest.fixture(name="run_ranks")
@@ -27,3 +28,26 @@ def module_reducers() -> Iterator[Callable[..., list[str]]]:
     """The same, ending with the module."""
     with contextlib.ExitStack() as stack:
         yield lambda count, *options: stack.enter_context(harness.standalone_reducers(count, *options))
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: str(world[0]))
+def accelerator_world(request: pytest.FixtureRequest, module_reducers: Callable[..., list[str]]) -> Iterator[World]:
+    """Two ranks with a fake accelerator each, and with small chunks."""
+    algorithm, count = request.param
+    world = World(
+        {
+            "REDUCER_ALGORITHM": algorithm,
+            "REDUCER_SERVERS": ",".join(module_reducers(count)),
+            "REDUCER_CHUNK_BYTES": "4KiB",
+        }
+    )
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def accelerator_pair() -> Iterator[World]:
+    """The same, with the settings of a user who sets none."""
+    world = World({})
+    yield world
+    world.close()

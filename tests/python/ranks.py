@@ -86,13 +86,13 @@ def here() -> _Place:
     return _place
 
 
-def init_group(suffix: str = "", **options: Any) -> None:
+def init_group(suffix: str = "", backend: str = "reducer", **options: Any) -> None:
     """In a rank: makes the default group."""
     place = here()
     store = store_of(place)
     options.setdefault("timeout", timedelta(seconds=place.group_timeout_s))
     dist.init_process_group(
-        "reducer",
+        backend,
         store=dist.PrefixStore(suffix, store) if suffix else store,
         rank=place.rank,
         world_size=place.world_size,
