@@ -11,91 +11,119 @@
 #include <c10/core/Stream.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "common/status.h"
+#include "torch/part.h"
+
 namespace reducer::torch_backend {
 
-/// The two streams of one call: "down" to the host, "up" to the device. Thread safety: one thread
-/// until the call is launched; giveBack() from any thread after that; the others by one thread at
-/// the end.
+/// The two streams of one call: "down" to the host, "up" to the device. A tensor is given a place
+/// in an address range that has no memory; a part of it gets pinned memory when its turn comes.
+/// Thread safety: one thread until the call is launched; load() and Loaded's methods from any
+/// thread after that; finished() by one thread at the end.
 class DeviceCopies {
  public:
+  /// Part of a call in pinned memory.
+  class Loaded {
+   public:
+    /// Queues the copies of the results to the device, and returns what follows them.
+    std::shared_ptr<c10::Event> giveBack();
+
+   private:
+    friend class DeviceCopies;
+    struct Piece {
+      at::Tensor host;
+      at::Tensor device;
+      bool writes;
+    };
+    explicit Loaded(DeviceCopies& copies) : copies_(copies) {}
+    DeviceCopies& copies_;
+    std::vector<Piece> pieces_;
+  };
+
   /// For tensors of `device`, called on the caller's thread.
   explicit DeviceCopies(c10::Device device);
 
   c10::Device device() const { return device_; }
 
-  /// Pinned memory for the elements of `tensor` (contiguous, on the device), which it keeps.
-  /// `reads`: fetch() brings the tensor's content into it; `writes`: giveBack() brings its content
-  /// into the tensor.
+  /// A place for the elements of `tensor` (contiguous, on the device), which it keeps. `reads`: the
+  /// operation reads them; `writes`: it writes them.
   void* stage(const at::Tensor& tensor, bool reads, bool writes);
 
   /// Both streams go on behind what is queued on the caller's current stream. Once, after the last
   /// stage().
   void begin();
-  /// Queues the copy of what lies behind `host` (memory of stage(), or a part of it).
-  void fetch(const void* host, std::size_t nbytes);
-  /// An event that follows all fetches so far.
-  std::shared_ptr<c10::Event> fetched();
-  /// Once, after the last fetch: the way back begins behind the way there.
-  void launched();
-  /// Queues the copy of a part into the tensor.
-  void giveBack(const void* host, std::size_t nbytes);
+
+  /// Gives pinned memory to all places of a part, instead of which its pointers are put, and queues
+  /// the copies to it. `fetched` gets what follows them.
+  std::shared_ptr<Loaded> load(Part& part, std::shared_ptr<c10::Event>& fetched);
 
   /// Runs `task` with the "up" stream as the device's current one.
   void onUpStream(const std::function<void()>& task) const;
-  /// Follows everything that is queued on the way back.
+  /// Follows everything that is queued on both ways.
   std::shared_ptr<c10::Event> finished();
 
  private:
   struct Staged {
-    at::Tensor tensor;  // flat, on the device
-    at::Tensor host;    // flat, pinned
+    std::uintptr_t begin;  // of its place
+    at::Tensor tensor;     // flat, on the device
     bool reads;
     bool writes;
   };
   std::shared_ptr<c10::Event> recorded(const c10::Stream& stream) const;
-  void copy(const c10::Stream& stream, const void* host, std::size_t nbytes, bool to_host);
+  void* loadPiece(Loaded& loaded, const void* place, std::size_t nbytes);
 
   const c10::Device device_;
   c10::Stream down_;
   c10::Stream up_;
+  std::uintptr_t next_place_;
   std::vector<Staged> staged_;
 };
 
 /// Makes the current stream of the event's device wait for it.
 void blockCurrentStreamOn(const c10::Event& event);
 
-/// Launches what has to wait for a copy, in the order of the calls: ranks must start their
-/// operations in one order, and a copy takes another time on each. Keeps memory until the copies
-/// from it are done.
+/// Launches what has to be copied first, in the order of the calls: ranks must start their
+/// operations in one order, and a copy takes another time on each. While one part is on the network
+/// the next are copied, as many as the memory for it allows. Keeps memory until copies are done.
 ///
 /// Thread safety: every method, from any thread. The thread starts with the first use.
 class LaunchQueue {
  public:
+  /// What a part holds of the pinned memory that is allowed; gone, others may have it.
+  using Share = std::shared_ptr<void>;
+  struct Launch {
+    std::size_t nbytes = 0;  ///< of pinned memory
+    /// Queues the copies; what follows them. None: there is nothing to copy.
+    std::function<std::shared_ptr<c10::Event>(Share share)> prepare;
+    /// Starts the operation; not Ok: ends it with this.
+    std::function<void(const Status&)> start;
+  };
+
   LaunchQueue();
   /// stop() must have been called.
   ~LaunchQueue();
   LaunchQueue(const LaunchQueue&) = delete;
   LaunchQueue& operator=(const LaunchQueue&) = delete;
 
-  /// Runs `task` behind all earlier ones and, if given, behind `ready`: on the caller's thread if
-  /// that can be at once.
-  void launch(std::shared_ptr<c10::Event> ready, std::function<void()> task);
+  /// Starts it behind all earlier ones: on the caller's thread if that can be at once.
+  void launch(Launch launch);
   /// Drops `kept` when `event` has happened.
   void keep(std::shared_ptr<c10::Event> event, std::shared_ptr<const void> kept);
-  /// Runs all that waits without waiting for events: the group was aborted, and what runs fails.
+  /// Ends all that waits: the group was aborted.
   void hurry();
   /// hurry(), then waits for the copies under way and joins the thread. Idempotent.
   void stop();
 
  private:
   struct State;
-  static void run(State& state);
-  static void start(const std::shared_ptr<State>& state);
+  static void run(const std::shared_ptr<State>& state);
+  static void wake(const std::shared_ptr<State>& state);
   const std::shared_ptr<State> state_;
 };
 

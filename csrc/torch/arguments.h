@@ -41,6 +41,16 @@ inline std::optional<DataType> dataTypeOf(at::ScalarType type) {
       return DataType::kUInt8;
     case at::kBool:
       return DataType::kBool;
+    case at::kFloat8_e4m3fn:
+      return DataType::kFloat8E4M3FN;
+    case at::kFloat8_e5m2:
+      return DataType::kFloat8E5M2;
+    case at::kUInt16:
+      return DataType::kUInt16;
+    case at::kUInt32:
+      return DataType::kUInt32;
+    case at::kUInt64:
+      return DataType::kUInt64;
     case at::kComplexFloat:
       return DataType::kComplex64;
     case at::kComplexDouble:
@@ -50,7 +60,7 @@ inline std::optional<DataType> dataTypeOf(at::ScalarType type) {
   }
 }
 
-/// What carries the bytes of a dtype that nothing is computed in (uint16, float4, ...), by its
+/// What carries the bytes of a dtype that nothing is computed in (complex32, float4, ...), by its
 /// size.
 inline std::optional<DataType> carrierOf(std::size_t element_size) {
   switch (element_size) {

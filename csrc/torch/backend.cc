@@ -33,17 +33,29 @@ std::shared_ptr<Buffers> releasedElsewhere(std::shared_ptr<Buffers> buffers,
           }};
 }
 
+/// A part in pinned memory, with its share of what is allowed.
+struct Loaded {
+  LaunchQueue::Share share;  // the last to go
+  std::shared_ptr<DeviceCopies::Loaded> copies;
+};
+
 /// Brings a part's results to the device when it is done.
-Done givingBack(const Part& part, std::shared_ptr<Buffers> buffers, Done done) {
-  return [part, buffers = std::move(buffers), done = std::move(done)](const Status& status) {
-    if (!status.ok()) return done(status);
-    try {
-      part.eachPiece(
-          [&](const void* host, std::size_t n) { buffers->copies()->giveBack(host, n); });
-    } catch (const std::exception& error) {
-      return done(Status(Code::kInternal, "the copy to the device: " + textOf(error)));
+Done givingBack(std::shared_ptr<Loaded> loaded, std::shared_ptr<Buffers> buffers,
+                std::shared_ptr<LaunchQueue> launches, Done done) {
+  return [loaded = std::move(loaded), buffers = std::move(buffers), launches = std::move(launches),
+          done = std::move(done)](const Status& status) {
+    Status result = status;
+    if (status.ok()) {
+      try {
+        // The memory is let go when the copies from it are done.
+        auto kept = std::make_shared<Loaded>(std::exchange(*loaded, {}));
+        auto event = kept->copies->giveBack();
+        launches->keep(std::move(event), std::move(kept));
+      } catch (const std::exception& error) {
+        result = Status(Code::kInternal, "the copy to the device: " + textOf(error));
+      }
     }
-    done(status);
+    done(result);
   };
 }
 
@@ -92,28 +104,34 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
   call.timeout = timeoutOr(call.timeout) + Milliseconds(ephemeral_ms_.exchange(0));
   DeviceCopies* const copies = buffers ? buffers->copies() : nullptr;
   if (buffers && buffers->borrowed()) buffers = releasedElsewhere(buffers, shared_.completions);
-  std::vector<std::shared_ptr<c10::Event>> ready;
   if (copies != nullptr) {
     parts = segments(std::move(parts), kSegmentBytes);
     copies->begin();
-    for (const Part& part : parts) {
-      part.eachPiece([&](const void* host, std::size_t n) { copies->fetch(host, n); });
-      ready.push_back(copies->fetched());
-    }
-    copies->launched();
   }
   const auto work = makeWork(call, buffers, parts.size());
   CallOptions options;
   options.timeout = call.timeout;
   options.keepalive = buffers;
-  for (std::size_t i = 0; i < parts.size(); ++i) {
+  for (Part& one : parts) {
+    const auto part = std::make_shared<Part>(std::move(one));
+    LaunchQueue::Launch launch;
     Done done = ending(work);
-    if (copies != nullptr) done = givingBack(parts[i], buffers, std::move(done));
-    shared_.launches->launch(
-        ready.empty() ? nullptr : ready[i],
-        [session, part = std::move(parts[i]), options, start, done = std::move(done)] {
-          start(*session->group, part, options, done);
-        });
+    if (copies != nullptr) {
+      const auto loaded = std::make_shared<Loaded>();
+      launch.nbytes = part->nbytes();
+      launch.prepare = [part, loaded, buffers](LaunchQueue::Share share) {
+        std::shared_ptr<c10::Event> fetched;
+        loaded->copies = buffers->copies()->load(*part, fetched);
+        loaded->share = std::move(share);
+        return fetched;
+      };
+      done = givingBack(loaded, buffers, shared_.launches, std::move(done));
+    }
+    launch.start = [session, part, options, start, done](const Status& status) {
+      if (!status.ok()) return done(status);
+      start(*session->group, *part, options, done);
+    };
+    shared_.launches->launch(std::move(launch));
   }
   return enroll(work);
 }

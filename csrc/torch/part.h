@@ -52,23 +52,43 @@ struct Part {
     return part;
   }
 
-  /// Calls `visit(pointer, nbytes)` for all memory of this rank, once for each piece.
-  template <class Visit>
-  void eachPiece(Visit visit) const {
+  /// Puts `replace(pointer, nbytes)` in the place of every pointer to memory of this rank.
+  template <class Replace>
+  void replacePieces(Replace replace) {
     const std::size_t element = sizeOf(dtype);
-    if (in != nullptr) visit(in, count * element);
-    if (out != nullptr && out != in) visit(out, count * element);
-    for (std::size_t r = 0; r < ins.size(); ++r) visit(ins[r], in_counts[r] * element);
-    for (std::size_t r = 0; r < outs.size(); ++r) visit(outs[r], out_counts[r] * element);
+    const bool in_place = in == out;
+    if (in != nullptr) in = replace(in, count * element);
+    if (in_place) {
+      out = const_cast<void*>(in);
+    } else if (out != nullptr) {
+      out = replace(out, count * element);
+    }
+    for (std::size_t r = 0; r < ins.size(); ++r) {
+      if (ins[r] != nullptr) ins[r] = replace(ins[r], in_counts[r] * element);
+    }
+    for (std::size_t r = 0; r < outs.size(); ++r) {
+      if (outs[r] != nullptr) outs[r] = replace(outs[r], out_counts[r] * element);
+    }
+  }
+
+  /// Bytes of all memory of this rank.
+  std::size_t nbytes() const {
+    std::size_t elements = (in != nullptr || out != nullptr ? count : 0);
+    if (in != nullptr && out != nullptr && in != out) elements += count;
+    for (std::size_t r = 0; r < ins.size(); ++r) elements += in_counts[r];
+    for (std::size_t r = 0; r < outs.size(); ++r) elements += out_counts[r];
+    return elements * sizeOf(dtype);
   }
 };
 
-/// Parts of at most `nbytes_max` for each rank, where that is possible: what is copied to a device
-/// while the next is on the network.
+/// Parts of about `nbytes_max`, where that is possible: what is copied to a device while the next
+/// is on the network. Equal on all ranks, whatever their role is.
 inline std::vector<Part> segments(std::vector<Part> parts, std::size_t nbytes_max) {
   std::vector<Part> all;
   for (Part& part : parts) {
-    const std::size_t length = std::max<std::size_t>(1, nbytes_max / sizeOf(part.dtype));
+    const std::size_t pieces =
+        std::max<std::size_t>({1, part.in_counts.size(), part.out_counts.size()});
+    const std::size_t length = std::max<std::size_t>(1, nbytes_max / pieces / sizeOf(part.dtype));
     const std::size_t longest = part.longest();
     if (!part.divisible || longest <= length) {
       all.push_back(std::move(part));

@@ -154,7 +154,8 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
     session->group->allGather(state->mine.data(), outs, counts, DataType::kUInt8, std::move(step),
                               added);
   };
-  shared_.launches->launch(nullptr, [=, completions = shared_.completions] {
+  LaunchQueue::Launch launch;
+  launch.start = [=, completions = shared_.completions](const Status&) {
     std::vector<void*> outs;
     for (Facts& facts : state->all) outs.push_back(facts.data());
     session->group->allGather(state->facts.data(), outs,
@@ -171,7 +172,8 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
                                   done(verdict);
                                 });
                               });
-  });
+  };
+  shared_.launches->launch(std::move(launch));
   return enroll(work);
 }
 
