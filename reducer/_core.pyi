@@ -36,10 +36,16 @@ def resolve_servers(servers: Sequence[str]) -> list[str]:
 def reduce(dtype: str, op: str, inputs: Sequence[Buffer], out: Buffer) -> None:
     """out[i] = inputs[0][i] op inputs[1][i] op ..., from left to right, by the library's one definition.
 
-    dtype: "float32", "bfloat16" ...; op: "sum", "product", "min", "max", "band", "bor", "bxor" or "avg".
-    All buffers are contiguous and
-    of one size; `out` overlaps none of the inputs. TypeError, ValueError. Releases the GIL.
+    dtype: as torch names it, "float32", "bfloat16", "float8_e4m3fn" ...; op: "sum", "product", "min", "max", "band",
+    "bor", "bxor" or "avg". All buffers are contiguous and of one size; `out` overlaps none of the inputs. TypeError,
+    ValueError. Releases the GIL.
     """
+
+def widen_float8(dtype: str, values: Buffer, out: Buffer) -> None:
+    """What reduce() reads: float32 of as many "float8_e4m3fn" or "float8_e5m2". TypeError, ValueError."""
+
+def narrow_float8(dtype: str, values: Buffer, out: Buffer) -> None:
+    """How reduce() rounds float32 to "float8_e4m3fn" or "float8_e5m2", once at the end. TypeError, ValueError."""
 
 def instruction_sets() -> list[str]:
     """What this machine can run, best first: "AVX3", "AVX2" ..."""

@@ -7,16 +7,21 @@ std::size_t sizeOf(DataType dtype) noexcept {
     case DataType::kInt8:
     case DataType::kUInt8:
     case DataType::kBool:
+    case DataType::kFloat8E4M3FN:
+    case DataType::kFloat8E5M2:
       return 1;
     case DataType::kFloat16:
     case DataType::kBFloat16:
     case DataType::kInt16:
+    case DataType::kUInt16:
       return 2;
     case DataType::kFloat32:
     case DataType::kInt32:
+    case DataType::kUInt32:
       return 4;
     case DataType::kFloat64:
     case DataType::kInt64:
+    case DataType::kUInt64:
     case DataType::kComplex64:
       return 8;
     case DataType::kComplex128:
@@ -51,6 +56,16 @@ std::string_view nameOf(DataType dtype) noexcept {
       return "complex64";
     case DataType::kComplex128:
       return "complex128";
+    case DataType::kFloat8E4M3FN:
+      return "float8_e4m3fn";
+    case DataType::kFloat8E5M2:
+      return "float8_e5m2";
+    case DataType::kUInt16:
+      return "uint16";
+    case DataType::kUInt32:
+      return "uint32";
+    case DataType::kUInt64:
+      return "uint64";
   }
   return "?";
 }
@@ -111,7 +126,8 @@ bool supports(ReduceOp op, DataType dtype) noexcept {
   if (sizeOf(dtype) == 0 || nameOf(op) == "?") return false;
   const bool complex = dtype == DataType::kComplex64 || dtype == DataType::kComplex128;
   const bool floating = dtype == DataType::kFloat32 || dtype == DataType::kFloat64 ||
-                        dtype == DataType::kFloat16 || dtype == DataType::kBFloat16;
+                        dtype == DataType::kFloat16 || dtype == DataType::kBFloat16 ||
+                        dtype == DataType::kFloat8E4M3FN || dtype == DataType::kFloat8E5M2;
   switch (op) {
     case ReduceOp::kMin:
     case ReduceOp::kMax:

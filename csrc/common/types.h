@@ -28,7 +28,15 @@ enum class DataType : std::uint8_t {
   kBool = 10,
   kComplex64 = 11,
   kComplex128 = 12,
+  kFloat8E4M3FN = 13,  ///< 4 bits of exponent, 3 of fraction, no infinity, up to 448
+  kFloat8E5M2 = 14,    ///< the upper half of a float16
+  kUInt16 = 15,
+  kUInt32 = 16,
+  kUInt64 = 17,
 };
+
+/// The highest number of a DataType; there are no gaps below.
+inline constexpr DataType kLastDataType = DataType::kUInt64;
 
 /// What an owner does with what the ranks push. The numbers are on the wire.
 enum class ReduceOp : std::uint8_t {

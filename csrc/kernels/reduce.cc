@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "common/check.h"
 #include "kernels/reduce_targets.h"
@@ -65,10 +66,12 @@ std::uint8_t* raw(std::byte* bytes) { return reinterpret_cast<std::uint8_t*>(byt
 
 template <class T>
 void divideIntegers(std::byte* out, std::size_t count, std::int64_t divisor) {
+  // Unsigned in 64 bits: the upper half of uint64 has no room in int64.
+  using Wide = std::conditional_t<std::is_signed_v<T>, std::int64_t, std::uint64_t>;
   for (std::size_t i = 0; i < count; ++i) {
     T value;
     std::memcpy(&value, out + i * sizeof(T), sizeof(T));
-    value = static_cast<T>(static_cast<std::int64_t>(value) / divisor);
+    value = static_cast<T>(static_cast<Wide>(value) / static_cast<Wide>(divisor));
     std::memcpy(out + i * sizeof(T), &value, sizeof(T));
   }
 }
@@ -143,6 +146,12 @@ void divide(DataType dtype, std::byte* out, std::size_t count, std::int64_t divi
       return divideIntegers<std::int64_t>(out, count, divisor);
     case DataType::kUInt8:
       return divideIntegers<std::uint8_t>(out, count, divisor);
+    case DataType::kUInt16:
+      return divideIntegers<std::uint16_t>(out, count, divisor);
+    case DataType::kUInt32:
+      return divideIntegers<std::uint32_t>(out, count, divisor);
+    case DataType::kUInt64:
+      return divideIntegers<std::uint64_t>(out, count, divisor);
     case DataType::kBool:
       return;  // the mean of booleans is "and", which the accumulation did
     default:

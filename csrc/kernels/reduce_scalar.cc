@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "kernels/float8.h"
 #include "kernels/half.h"
 #include "kernels/reduce.h"
 
@@ -30,6 +31,13 @@ struct ScalarBFloat16 {
   using Number = float;
   static Number load(Stored stored) { return fromBFloat16(stored); }
   static Stored store(Number number) { return toBFloat16(number); }
+};
+template <class Format>
+struct ScalarFloat8 {
+  using Stored = std::uint8_t;
+  using Number = float;
+  static Number load(Stored stored) { return fromFloat8<Format>(stored); }
+  static Stored store(Number number) { return toFloat8<Format>(number); }
 };
 struct ScalarBool {
   using Stored = std::uint8_t;
@@ -105,7 +113,8 @@ T divideBy(T value, std::size_t divisor) {
   if constexpr (std::is_same_v<T, bool>) {
     return value;
   } else if constexpr (std::is_integral_v<T>) {
-    return static_cast<T>(static_cast<std::int64_t>(value) / static_cast<std::int64_t>(divisor));
+    using Wide = std::conditional_t<std::is_signed_v<T>, std::int64_t, std::uint64_t>;
+    return static_cast<T>(static_cast<Wide>(value) / static_cast<Wide>(divisor));
   } else if constexpr (kIsComplex<T>) {
     using Part = typename T::value_type;
     return {value.real() / static_cast<Part>(divisor), value.imag() / static_cast<Part>(divisor)};
@@ -162,6 +171,16 @@ void reduceScalar(DataType dtype, ReduceOp op, std::span<const Payload> inputs, 
       return run<Identity<std::complex<float>>>(op, inputs, out, count);
     case DataType::kComplex128:
       return run<Identity<std::complex<double>>>(op, inputs, out, count);
+    case DataType::kFloat8E4M3FN:
+      return run<ScalarFloat8<E4M3FN>>(op, inputs, out, count);
+    case DataType::kFloat8E5M2:
+      return run<ScalarFloat8<E5M2>>(op, inputs, out, count);
+    case DataType::kUInt16:
+      return run<Identity<std::uint16_t>>(op, inputs, out, count);
+    case DataType::kUInt32:
+      return run<Identity<std::uint32_t>>(op, inputs, out, count);
+    case DataType::kUInt64:
+      return run<Identity<std::uint64_t>>(op, inputs, out, count);
   }
 }
 

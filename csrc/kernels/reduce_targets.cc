@@ -11,6 +11,9 @@
 #include <limits>
 #include <type_traits>
 
+#include "kernels/float8.h"
+#include "kernels/reduce.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace reducer::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
@@ -165,6 +168,68 @@ struct Float16 {
     return hn::Or(sign, hn::IfThenElse(is_nan, hn::Set(i32, 0x7E00), number));
   }
 #endif
+};
+
+// A vector of bytes is a quarter as long as one of lanes.
+template <class Format>
+struct Float8 {
+  using Lane = float;
+  using Bits = Float8Bits<Format>;
+  static constexpr std::size_t kBytes = 1;
+  template <class D, class V>
+  static void load(D d, const std::uint8_t* from, V& a, V& b) {
+    a = widened(d, from);
+    b = widened(d, from + hn::Lanes(d));
+  }
+  template <class D, class V>
+  static void store(D d, V a, V b, std::uint8_t* to) {
+    narrowed(d, a, to);
+    narrowed(d, b, to + hn::Lanes(d));
+  }
+
+ private:
+  template <class D>
+  static hn::Vec<D> widened(D d, const std::uint8_t* from) {
+    const hn::RebindToSigned<D> i32;
+    const auto byte = hn::PromoteTo(i32, loadBytes(hn::Rebind<std::uint8_t, D>(), from));
+    const auto magnitude = hn::And(byte, hn::Set(i32, 0x7F));
+    const auto sign = hn::ShiftLeft<24>(hn::Xor(byte, magnitude));
+    const auto shifted = hn::ShiftLeft<Bits::kShift>(magnitude);
+    const auto normal = hn::Add(shifted, hn::Set(i32, Bits::kRebias << 23));
+    // Infinity and NaN have an exponent of all ones there too.
+    const auto is_special = hn::Gt(magnitude, hn::Set(i32, Format::kLargestFinite));
+    const auto special = hn::Or(shifted, hn::Set(i32, 0x7F800000));
+    const auto large = hn::IfThenElse(is_special, special, normal);
+    const auto small = hn::Mul(hn::ConvertTo(d, magnitude), hn::Set(d, Bits::kUnit));
+    const auto is_small = hn::Lt(magnitude, hn::Set(i32, 1 << Format::kFractionBits));
+    return hn::BitCast(d, hn::Or(sign, hn::IfThenElse(is_small, hn::BitCast(i32, small), large)));
+  }
+
+  template <class D>
+  static void narrowed(D d, hn::Vec<D> v, std::uint8_t* to) {
+    const hn::RebindToSigned<D> i32;
+    const auto set = [i32](std::int64_t bits) {
+      return hn::Set(i32, static_cast<std::int32_t>(bits));
+    };
+    const auto magnitude = hn::And(hn::BitCast(i32, v), set(0x7FFFFFFF));
+    const auto sign = hn::And(hn::ShiftRight<24>(hn::BitCast(i32, v)), set(0x80));
+    // To nearest even in the upper bits, then another bias; what is too large is cut off.
+    const auto odd = hn::And(hn::ShiftRight<Bits::kShift>(magnitude), set(1));
+    const auto raised = hn::Add(magnitude, hn::Add(odd, set((1 << (Bits::kShift - 1)) - 1)));
+    const auto rounded =
+        hn::Sub(hn::ShiftRight<Bits::kShift>(raised), set(Bits::kRebias << Format::kFractionBits));
+    const auto large = hn::Min(rounded, set(Format::kOverflow));
+    // Below the smallest normal number an addition rounds.
+    const auto rounder = set(Bits::kRounder);
+    const auto sum = hn::Add(hn::BitCast(d, magnitude), hn::BitCast(d, rounder));
+    const auto small = hn::Sub(hn::BitCast(i32, sum), rounder);
+    const auto is_small = hn::Lt(magnitude, set(Bits::kSmallestNormal));
+    const auto number = hn::Or(sign, hn::IfThenElse(is_small, small, large));
+    const auto is_nan = hn::Gt(magnitude, set(0x7F800000));
+    const auto byte = hn::IfThenElse(is_nan, set(kFloat8Nan), number);
+    const hn::Rebind<std::uint8_t, D> d8;
+    storeBytes(d8, hn::DemoteTo(d8, byte), to);
+  }
 };
 
 // ---------------------------------------------------------------- operations on vectors
@@ -418,6 +483,16 @@ void reduce(DataType dtype, ReduceOp op, std::uint8_t* dst, Sources srcs, std::s
       return complex<float>(op, dst, srcs, sources, count);
     case DataType::kComplex128:
       return complex<double>(op, dst, srcs, sources, count);
+    case DataType::kFloat8E4M3FN:
+      return floating<Float8<E4M3FN>>(op, dst, srcs, sources, count);
+    case DataType::kFloat8E5M2:
+      return floating<Float8<E5M2>>(op, dst, srcs, sources, count);
+    case DataType::kUInt16:
+      return integer<std::uint16_t>(op, dst, srcs, sources, count);
+    case DataType::kUInt32:
+      return integer<std::uint32_t>(op, dst, srcs, sources, count);
+    case DataType::kUInt64:
+      return integer<std::uint64_t>(op, dst, srcs, sources, count);
   }
 }
 
@@ -436,9 +511,41 @@ void divide(DataType dtype, std::uint8_t* dst, std::size_t count, std::size_t di
       return loop<Plain<float>, Sum>(dst, self, 1, 2 * count, divisor);
     case DataType::kComplex128:
       return loop<Plain<double>, Sum>(dst, self, 1, 2 * count, divisor);
+    case DataType::kFloat8E4M3FN:
+      return loop<Float8<E4M3FN>, Sum>(dst, self, 1, count, divisor);
+    case DataType::kFloat8E5M2:
+      return loop<Float8<E5M2>, Sum>(dst, self, 1, count, divisor);
     default:
       return;
   }
+}
+
+/// Loads as From and stores as To.
+template <class From, class To>
+void convert(const std::uint8_t* in, std::uint8_t* out, std::size_t count) {
+  const hn::ScalableTag<float> d;
+  const std::size_t unit = 2 * hn::Lanes(d);
+  HWY_ALIGN std::uint8_t padded[2 * hn::MaxLanes(d) * sizeof(float)] = {};
+  hn::Vec<decltype(d)> a, b;
+  for (std::size_t at = 0; at < count; at += unit) {
+    const std::size_t part = HWY_MIN(unit, count - at);
+    std::memcpy(padded, in + at * From::kBytes, part * From::kBytes);
+    From::load(d, padded, a, b);
+    To::store(d, a, b, padded);
+    std::memcpy(out + at * To::kBytes, padded, part * To::kBytes);
+  }
+}
+
+void widen(DataType dtype, const std::uint8_t* in, std::uint8_t* out, std::size_t count) {
+  if (dtype == DataType::kFloat8E4M3FN)
+    return convert<Float8<E4M3FN>, Plain<float>>(in, out, count);
+  convert<Float8<E5M2>, Plain<float>>(in, out, count);
+}
+
+void narrow(DataType dtype, const std::uint8_t* in, std::uint8_t* out, std::size_t count) {
+  if (dtype == DataType::kFloat8E4M3FN)
+    return convert<Plain<float>, Float8<E4M3FN>>(in, out, count);
+  convert<Plain<float>, Float8<E5M2>>(in, out, count);
 }
 
 }  // namespace reducer::kernels::HWY_NAMESPACE
@@ -448,6 +555,8 @@ HWY_AFTER_NAMESPACE();
 namespace reducer::kernels {
 HWY_EXPORT(reduce);
 HWY_EXPORT(divide);
+HWY_EXPORT(widen);
+HWY_EXPORT(narrow);
 
 void reduceContiguous(DataType dtype, ReduceOp op, std::uint8_t* dst,
                       const std::uint8_t* const* srcs, std::size_t sources, std::size_t count) {
@@ -456,6 +565,14 @@ void reduceContiguous(DataType dtype, ReduceOp op, std::uint8_t* dst,
 
 void divideFloating(DataType dtype, std::uint8_t* dst, std::size_t count, std::size_t divisor) {
   HWY_DYNAMIC_DISPATCH(divide)(dtype, dst, count, divisor);
+}
+
+void widenFloat8(DataType dtype, const std::uint8_t* in, float* out, std::size_t count) {
+  HWY_DYNAMIC_DISPATCH(widen)(dtype, in, reinterpret_cast<std::uint8_t*>(out), count);
+}
+
+void narrowFloat8(DataType dtype, const float* in, std::uint8_t* out, std::size_t count) {
+  HWY_DYNAMIC_DISPATCH(narrow)(dtype, reinterpret_cast<const std::uint8_t*>(in), out, count);
 }
 
 }  // namespace reducer::kernels

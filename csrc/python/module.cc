@@ -114,6 +114,41 @@ void reduce(const std::string& dtype_name, const std::string& op_name,
   });
 }
 
+/// A float8 type, and the views of as many float8 as float32.
+struct Float8Views {
+  Float8Views(const std::string& dtype_name, const py::object& values, const py::object& out,
+              bool narrows)
+      : dtype(dataTypeNamed(dtype_name)), in(values, false, "values"), result(out, true, "out") {
+    if (dtype != DataType::kFloat8E4M3FN && dtype != DataType::kFloat8E5M2) {
+      throw py::type_error(dtype_name + " is no float8");
+    }
+    const std::size_t narrow = narrows ? result.nbytes() : in.nbytes();
+    const std::size_t wide = narrows ? in.nbytes() : result.nbytes();
+    if (wide != narrow * sizeof(float)) {
+      throw py::value_error("values has " + std::to_string(in.nbytes()) + " bytes, out has " +
+                            std::to_string(result.nbytes()) + "; a float32 has 4, a float8 has 1");
+    }
+    count = narrow;
+  }
+
+  DataType dtype;
+  BufferView in;
+  BufferView result;
+  std::size_t count = 0;
+};
+
+void widenFloat8(const std::string& dtype, const py::object& values, const py::object& out) {
+  const Float8Views views(dtype, values, out, false);
+  kernels::widenFloat8(views.dtype, reinterpret_cast<const std::uint8_t*>(views.in.data()),
+                       reinterpret_cast<float*>(views.result.data()), views.count);
+}
+
+void narrowFloat8(const std::string& dtype, const py::object& values, const py::object& out) {
+  const Float8Views views(dtype, values, out, true);
+  kernels::narrowFloat8(views.dtype, reinterpret_cast<const float*>(views.in.data()),
+                        reinterpret_cast<std::uint8_t*>(views.result.data()), views.count);
+}
+
 }  // namespace
 }  // namespace reducer
 
@@ -155,6 +190,8 @@ PYBIND11_MODULE(_core, m) {
       py::arg("servers"));
 
   m.def("reduce", &reduce, py::arg("dtype"), py::arg("op"), py::arg("inputs"), py::arg("out"));
+  m.def("widen_float8", &widenFloat8, py::arg("dtype"), py::arg("values"), py::arg("out"));
+  m.def("narrow_float8", &narrowFloat8, py::arg("dtype"), py::arg("values"), py::arg("out"));
   m.def("instruction_sets", &kernels::instructionSets);
   m.def(
       "pin_instruction_set",

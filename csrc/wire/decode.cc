@@ -234,7 +234,7 @@ bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
     case frame_tag::kOp:
       return in.known(0, 8, "op", frame.call.op);
     case frame_tag::kDtype:
-      return in.known(1, 12, "dtype", frame.call.dtype);
+      return in.known(1, static_cast<std::uint64_t>(kLastDataType), "dtype", frame.call.dtype);
     case frame_tag::kCodec:
       return in.known(0, 0, "codec", frame.call.codec);
     case frame_tag::kRoot:

@@ -245,7 +245,8 @@ TEST(Frame, RefusesNumbersOutOfRange) {
     return wire::encodeHeader(frame, 0);
   };
   EXPECT_TRUE(decodeAlone(header([](Frame&) {})).ok());
-  expectRefused(header([](Frame& f) { f.call.dtype = static_cast<DataType>(13); }), "dtype 13");
+  EXPECT_TRUE(decodeAlone(header([](Frame& f) { f.call.dtype = kLastDataType; })).ok());
+  expectRefused(header([](Frame& f) { f.call.dtype = static_cast<DataType>(18); }), "dtype 18");
   expectRefused(header([](Frame& f) { f.call.dtype = static_cast<DataType>(0); }), "dtype 0");
   expectRefused(header([](Frame& f) { f.call.op = static_cast<ReduceOp>(9); }), "op 9");
   expectRefused(header([](Frame& f) { f.call.collective = static_cast<Collective>(11); }),

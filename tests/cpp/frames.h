@@ -82,7 +82,7 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
   if (frame.kind == wire::FrameKind::kPush || frame.kind == wire::FrameKind::kResult) {
     frame.call.collective = static_cast<Collective>(1 + upTo(random, 9));
     frame.call.op = static_cast<ReduceOp>(upTo(random, 8));
-    frame.call.dtype = static_cast<DataType>(1 + upTo(random, 11));
+    frame.call.dtype = static_cast<DataType>(1 + upTo(random, 16));
     frame.call.root = anyRankOrAll(random);
     frame.call.count = anyNumber(random, 64);
     frame.pusher = anyRankOrAll(random);

@@ -9,16 +9,21 @@
 #include <numeric>
 #include <random>
 
+#include "kernels/float8.h"
 #include "kernels/half.h"
 #include "kernels/reduce.h"
 
 namespace reducer::kernels {
 namespace {
 
-constexpr DataType kTypes[] = {DataType::kFloat32,  DataType::kFloat64,   DataType::kFloat16,
-                               DataType::kBFloat16, DataType::kInt8,      DataType::kInt16,
-                               DataType::kInt32,    DataType::kInt64,     DataType::kUInt8,
-                               DataType::kBool,     DataType::kComplex64, DataType::kComplex128};
+constexpr DataType kTypes[] = {
+    DataType::kFloat32,      DataType::kFloat64,    DataType::kFloat16,   DataType::kBFloat16,
+    DataType::kInt8,         DataType::kInt16,      DataType::kInt32,     DataType::kInt64,
+    DataType::kUInt8,        DataType::kBool,       DataType::kComplex64, DataType::kComplex128,
+    DataType::kFloat8E4M3FN, DataType::kFloat8E5M2, DataType::kUInt16,    DataType::kUInt32,
+    DataType::kUInt64};
+static_assert(std::size(kTypes) == static_cast<std::size_t>(kLastDataType), "a type is missing");
+constexpr DataType kFloat8Types[] = {DataType::kFloat8E4M3FN, DataType::kFloat8E5M2};
 constexpr ReduceOp kOps[] = {ReduceOp::kSum,    ReduceOp::kProduct, ReduceOp::kMin,
                              ReduceOp::kMax,    ReduceOp::kBitAnd,  ReduceOp::kBitOr,
                              ReduceOp::kBitXor, ReduceOp::kAvg};
@@ -40,8 +45,13 @@ Payload inPieces(const std::vector<std::byte>& bytes, std::mt19937& random, std:
   return {std::move(pieces), owner};
 }
 
-/// Values that are ordinary numbers of the type (any bits for integers), plus a few special ones
-/// for floats.
+bool roundedToLess(DataType dtype) {
+  return dtype == DataType::kFloat16 || dtype == DataType::kBFloat16 ||
+         dtype == DataType::kFloat8E4M3FN || dtype == DataType::kFloat8E5M2;
+}
+
+/// Values that are ordinary numbers of the type (any bits for integers and float8), plus a few
+/// special ones for floats.
 std::vector<std::byte> randomValues(DataType dtype, std::size_t count, std::mt19937& random,
                                     bool specials) {
   std::vector<std::byte> bytes(count * sizeOf(dtype));
@@ -149,8 +159,8 @@ TEST_P(EveryInstructionSet, AccumulateAndDivideAreTheSameArithmetic) {
       const std::vector<std::byte> b = randomValues(dtype, count, random, false);
       const std::vector<Payload> both{inPieces(a, random, 1 << 20), inPieces(b, random, 13)};
       std::vector<std::byte> expected(a.size());
-      const bool halves = dtype == DataType::kFloat16 || dtype == DataType::kBFloat16;
-      if (op == ReduceOp::kAvg && halves) continue;  // rounded once more by the ring's way
+      // Rounded once more by the ring's way.
+      if (op == ReduceOp::kAvg && roundedToLess(dtype)) continue;
       reduceScalar(dtype, op, both, expected.data(), count);
       std::vector<std::byte> got = a;
       accumulate(dtype, op, got.data(), both[1], count);
@@ -182,6 +192,50 @@ TEST_P(EveryInstructionSet, ReadsAndRoundsEveryFloat16) {
   }
 }
 
+TEST_P(EveryInstructionSet, CombinesEveryPairOfFloat8) {
+  std::vector<std::uint8_t> left(65536);
+  std::vector<std::uint8_t> right(65536);
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    left[i] = static_cast<std::uint8_t>(i >> 8);
+    right[i] = static_cast<std::uint8_t>(i);
+  }
+  for (const DataType dtype : kFloat8Types) {
+    for (const ReduceOp op : kOps) {
+      if (!supports(op, dtype)) continue;
+      for (const auto& inputs : {std::vector<Payload>{of(left), of(right)},
+                                 std::vector<Payload>{of(left), of(right), of(left)}}) {
+        std::vector<std::uint8_t> expected(left.size());
+        reduceScalar(dtype, op, inputs, reinterpret_cast<std::byte*>(expected.data()), left.size());
+        ASSERT_EQ(reduced<std::uint8_t>(dtype, op, inputs, left.size()), expected)
+            << nameOf(op) << " " << nameOf(dtype);
+      }
+    }
+  }
+}
+
+TEST_P(EveryInstructionSet, ReadsAndRoundsFloat8AsTheScalarCodeDoes) {
+  const auto check = [](DataType dtype, auto from, auto to) {
+    std::vector<std::uint8_t> all(256);
+    std::iota(all.begin(), all.end(), std::uint8_t{0});
+    std::vector<float> wide(all.size());
+    widenFloat8(dtype, all.data(), wide.data(), all.size());
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      ASSERT_EQ(std::bit_cast<std::uint32_t>(wide[i]), std::bit_cast<std::uint32_t>(from(all[i])))
+          << nameOf(dtype) << " " << i;
+    }
+    // Every 509th float, NaNs too: some of each exponent, and all low bits.
+    std::vector<float> values((std::uint64_t{1} << 32) / 509 + 1);
+    for (std::size_t i = 0; i < values.size(); ++i)
+      values[i] = std::bit_cast<float>(static_cast<std::uint32_t>(509 * i));
+    std::vector<std::uint8_t> rounded(values.size());
+    narrowFloat8(dtype, values.data(), rounded.data(), values.size());
+    for (std::size_t i = 0; i < values.size(); ++i)
+      ASSERT_EQ(rounded[i], to(values[i])) << nameOf(dtype) << " of " << values[i];
+  };
+  check(DataType::kFloat8E4M3FN, fromFloat8<E4M3FN>, toFloat8<E4M3FN>);
+  check(DataType::kFloat8E5M2, fromFloat8<E5M2>, toFloat8<E5M2>);
+}
+
 TEST_P(EveryInstructionSet, RoundsBFloat16ToNearestEven) {
   // 1 + 2^-8 lies between 1 and 1 + 2^-7 and goes to 1, whose last bit is 0; 1 + 2^-7 + 2^-8 goes
   // up.
@@ -210,6 +264,35 @@ TEST_P(EveryInstructionSet, AllNansAreOne) {
         std::uint64_t{0x7FF8} << 48);
   check(DataType::kFloat16, std::uint16_t{0x7C00}, std::uint16_t{0xFD01}, std::uint16_t{0x7E00});
   check(DataType::kBFloat16, std::uint16_t{0x7F80}, std::uint16_t{0xFF81}, std::uint16_t{0x7FC0});
+  check(DataType::kFloat8E5M2, std::uint8_t{0x7C}, std::uint8_t{0xFD}, std::uint8_t{0x7F});
+  // float8_e4m3fn has no infinity: a NaN comes only of a NaN.
+  check(DataType::kFloat8E4M3FN, std::uint8_t{0x7F}, std::uint8_t{0xFF}, std::uint8_t{0x7F});
+}
+
+TEST_P(EveryInstructionSet, UnsignedIntegersAreUnsigned) {
+  const auto check = [](DataType dtype, auto top) {
+    using T = decltype(top);  // the highest bit alone
+    const auto filled = [](T value) { return of(std::vector<T>(41, value)); };
+    const auto result = [&](ReduceOp op, T a, T b) {
+      const std::vector<T> out = reduced<T>(dtype, op, {filled(a), filled(b)}, 41);
+      EXPECT_EQ(out, std::vector<T>(41, out[0]));
+      return out[0];
+    };
+    const T highest = static_cast<T>(~T{0});
+    EXPECT_EQ(result(ReduceOp::kMax, top, T{1}), top) << nameOf(dtype);
+    EXPECT_EQ(result(ReduceOp::kMin, top, T{1}), T{1}) << nameOf(dtype);
+    EXPECT_EQ(result(ReduceOp::kSum, highest, T{2}), T{1}) << nameOf(dtype);
+    EXPECT_EQ(result(ReduceOp::kProduct, highest, highest), T{1}) << nameOf(dtype);
+    EXPECT_EQ(result(ReduceOp::kAvg, highest, T{0}), highest / 2) << nameOf(dtype);
+    EXPECT_EQ(result(ReduceOp::kBitXor, highest, top), static_cast<T>(top - 1)) << nameOf(dtype);
+    std::vector<T> sum(41, highest);
+    divide(dtype, reinterpret_cast<std::byte*>(sum.data()), sum.size(), 3);
+    EXPECT_EQ(sum, std::vector<T>(41, highest / 3)) << nameOf(dtype);
+  };
+  check(DataType::kUInt8, static_cast<std::uint8_t>(1u << 7));
+  check(DataType::kUInt16, static_cast<std::uint16_t>(1u << 15));
+  check(DataType::kUInt32, std::uint32_t{1} << 31);
+  check(DataType::kUInt64, std::uint64_t{1} << 63);
 }
 
 TEST_P(EveryInstructionSet, ProductsWrapAndComplexOnesAreComplex) {
@@ -290,6 +373,105 @@ TEST(Half, EveryFloat16SurvivesARoundTrip) {
       ASSERT_EQ(toBFloat16(fromBFloat16(bits)), bits);
     }
   }
+}
+
+/// Rounds by looking for the nearest of all values, in float64, where distances are exact.
+template <class Format>
+std::uint8_t nearestFloat8(float value) {
+  if (std::isnan(value)) return 0x7F;
+  const double magnitude = std::fabs(static_cast<double>(value));
+  int best = 0;
+  for (int bits = 1; bits <= Format::kLargestFinite; ++bits) {
+    const auto distance = [&](int of) {
+      return std::fabs(fromFloat8<Format>(static_cast<std::uint8_t>(of)) - magnitude);
+    };
+    if (distance(bits) < distance(best) || (distance(bits) == distance(best) && bits % 2 == 0)) {
+      best = bits;
+    }
+  }
+  // Half a step beyond the largest, where a format that goes on would have its next value.
+  const double largest = fromFloat8<Format>(Format::kLargestFinite);
+  const double step = largest - fromFloat8<Format>(Format::kLargestFinite - 1);
+  const bool over = magnitude > largest + step / 2 ||
+                    (magnitude == largest + step / 2 && Format::kLargestFinite % 2 == 1);
+  if (over) best = Format::kOverflow;
+  return static_cast<std::uint8_t>(best | (std::signbit(value) ? 0x80 : 0));
+}
+
+template <class Format>
+void checkFloat8Boundaries() {
+  for (int bits = 0; bits <= Format::kLargestFinite; ++bits) {
+    const float here = fromFloat8<Format>(static_cast<std::uint8_t>(bits));
+    // Beyond the largest number lies one more step.
+    const float next = bits < Format::kLargestFinite
+                           ? fromFloat8<Format>(static_cast<std::uint8_t>(bits + 1))
+                           : 2 * here - fromFloat8<Format>(static_cast<std::uint8_t>(bits - 1));
+    for (const float middle : {here, here + (next - here) / 2, next}) {
+      for (const float value :
+           {middle, std::nextafter(middle, INFINITY), std::nextafter(middle, -INFINITY)}) {
+        ASSERT_EQ(toFloat8<Format>(value), nearestFloat8<Format>(value)) << value;
+        ASSERT_EQ(toFloat8<Format>(-value), nearestFloat8<Format>(-value)) << -value;
+      }
+    }
+  }
+}
+
+TEST(Float8, RoundsToTheNearestAndOnTiesToEven) {
+  checkFloat8Boundaries<E4M3FN>();
+  checkFloat8Boundaries<E5M2>();
+}
+
+TEST(Float8, HasTheLimitsOfItsFormat) {
+  EXPECT_EQ(fromFloat8<E4M3FN>(0x7E), 448.0f);
+  EXPECT_EQ(fromFloat8<E4M3FN>(0x01), 0x1p-9f);
+  EXPECT_TRUE(std::isnan(fromFloat8<E4M3FN>(0xFF)));
+  EXPECT_EQ(fromFloat8<E5M2>(0x7B), 57344.0f);
+  EXPECT_EQ(fromFloat8<E5M2>(0x01), 0x1p-16f);
+  EXPECT_EQ(fromFloat8<E5M2>(0xFC), -INFINITY);
+  // What is too large: the largest number where there is no infinity.
+  for (const float large : {465.0f, 1e30f, INFINITY}) {
+    EXPECT_EQ(toFloat8<E4M3FN>(large), 0x7E);
+    EXPECT_EQ(toFloat8<E4M3FN>(-large), 0xFE);
+  }
+  EXPECT_EQ(toFloat8<E5M2>(61439.0f), 0x7B);
+  EXPECT_EQ(toFloat8<E5M2>(61440.0f), 0x7C);
+  EXPECT_EQ(toFloat8<E5M2>(-INFINITY), 0xFC);
+  EXPECT_EQ(toFloat8<E4M3FN>(-NAN), 0x7F);
+  EXPECT_EQ(toFloat8<E5M2>(-NAN), 0x7F);
+  EXPECT_EQ(toFloat8<E4M3FN>(-0.0f), 0x80);
+  for (int bits = 0; bits < 256; ++bits) {
+    const auto byte = static_cast<std::uint8_t>(bits);
+    const bool four_three_nan = (bits & 0x7F) == 0x7F;
+    ASSERT_EQ(toFloat8<E4M3FN>(fromFloat8<E4M3FN>(byte)), four_three_nan ? 0x7F : byte);
+    const bool five_two_nan = (bits & 0x7F) > 0x7C;
+    ASSERT_EQ(toFloat8<E5M2>(fromFloat8<E5M2>(byte)), five_two_nan ? 0x7F : byte);
+  }
+}
+
+TEST(Reduce, Float8IsAccumulatedInFloat32AndRoundedOnce) {
+  // 32 + 1 + 1 + 2: the neighbour of 32 is 36, and rounded each time the sum would stay at 32.
+  const auto alone = [](float value) { return of<std::uint8_t>({toFloat8<E4M3FN>(value)}); };
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kFloat8E4M3FN, ReduceOp::kSum,
+                                  {alone(32), alone(1), alone(1), alone(2)}, 1)[0],
+            toFloat8<E4M3FN>(36));
+  // A sum may leave the range of the type on its way, and a mean is made before it is rounded.
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kFloat8E4M3FN, ReduceOp::kSum,
+                                  {alone(448), alone(448), alone(-448)}, 1)[0],
+            toFloat8<E4M3FN>(448));
+  EXPECT_EQ(reduced<std::uint8_t>(DataType::kFloat8E4M3FN, ReduceOp::kAvg, {alone(448), alone(448)},
+                                  1)[0],
+            toFloat8<E4M3FN>(448));
+}
+
+TEST(DataTypes, HaveNamesAndSizesUpToTheLast) {
+  for (int number = 1; number <= static_cast<int>(kLastDataType); ++number) {
+    EXPECT_GT(sizeOf(static_cast<DataType>(number)), 0u) << number;
+    EXPECT_NE(nameOf(static_cast<DataType>(number)), "?") << number;
+  }
+  EXPECT_EQ(sizeOf(static_cast<DataType>(static_cast<int>(kLastDataType) + 1)), 0u);
+  EXPECT_TRUE(supports(ReduceOp::kBitXor, DataType::kUInt64));
+  EXPECT_FALSE(supports(ReduceOp::kBitXor, DataType::kFloat8E5M2));
+  EXPECT_TRUE(supports(ReduceOp::kMax, DataType::kFloat8E4M3FN));
 }
 
 TEST(Reduce, HalvesAreAccumulatedInFloat32AndRoundedOnce) {
