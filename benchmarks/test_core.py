@@ -45,7 +45,9 @@ def test_engine_sums_at_memory_speed(benchmark: Any, ranks: int, chunk_bytes: in
 
 
 @pytest.mark.parametrize("instruction_set", _core.instruction_sets())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "int32"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float64", "int32"]
+)
 def test_kernel(benchmark: Any, dtype: str, instruction_set: str) -> None:
     """A sum of four inputs of 256 KiB, on each instruction set of this machine."""
     nbytes = 256 << 10

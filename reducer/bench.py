@@ -40,8 +40,8 @@ from reducer._bench.team import JoinedTeam, LocalTeam, Team, join_torchrun
 BACKENDS = ("reducer", "gloo", "nccl")
 ALGORITHMS = ("auto", "direct", "server", "mixed", "ring")
 DTYPES = (
-    *("float32", "float64", "float16", "bfloat16"),
-    *("int8", "int16", "int32", "int64", "uint8"),
+    *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
 OPS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 
