@@ -20,7 +20,8 @@ namespace {
 // How often an event that has not happened is asked again. Short beside a copy of a segment.
 constexpr auto kPoll = std::chrono::microseconds(20);
 
-// Of one group, for what is on its way between devices and the network.
+// Of one group, for what is on its way between devices and the network. An allocator may hold
+// memory back a little longer.
 constexpr std::size_t kPinnedBytesMax = std::size_t{16} << 20;
 
 // Places begin where no memory is: whoever uses one as an address is caught.

@@ -291,7 +291,8 @@ def test_a_large_tensor_goes_chunk_by_chunk(accelerator_pair: World) -> None:
     for figures in accelerator_pair.call(reduce_a_large_tensor):
         assert figures["pageable"] == 0, "a copy from or to pageable memory makes the host wait"
         assert figures["up"] == figures["down"] == 64 * MIB
-        assert figures["staging"] <= 16 * MIB
+        # 16 MiB, and what an allocator holds back until the work that was queued when it was freed is done.
+        assert figures["staging"] <= 32 * MIB
         assert figures["overlap"] > 0, "the first result went up only when all of the input had come down"
 
 
