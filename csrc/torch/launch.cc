@@ -1,0 +1,148 @@
+// How a call becomes operations of the group, and its Work.
+#include <algorithm>
+#include <utility>
+
+#include "torch/backend.h"
+
+namespace reducer::torch_backend {
+
+using collective::CallOptions;
+using collective::Done;
+namespace {
+
+// Of a device's tensor, copied and sent as one: large enough for the copy's own cost not to show,
+// small enough for copies and network to overlap in a bucket of DDP (25 MiB).
+constexpr std::size_t kSegmentBytes = std::size_t{4} << 20;
+
+/// The same buffers, let go on the completion thread, whoever has the last reference: the
+/// transport's threads must not wait for what a foreign owner of memory does at its end.
+std::shared_ptr<Buffers> releasedElsewhere(std::shared_ptr<Buffers> buffers,
+                                           std::shared_ptr<CompletionThread> completions) {
+  Buffers* const raw = buffers.get();
+  return {raw, [held = std::move(buffers), completions = std::move(completions)](Buffers*) mutable {
+            completions->post([held = std::move(held)] {});
+          }};
+}
+
+/// A part in pinned memory, with its share of what is allowed.
+struct Loaded {
+  LaunchQueue::Share share;  // the last to go
+  std::shared_ptr<DeviceCopies::Loaded> copies;
+};
+
+/// Brings a part's results to the device when it is done.
+Done givingBack(std::shared_ptr<Loaded> loaded, std::shared_ptr<Buffers> buffers,
+                std::shared_ptr<LaunchQueue> launches, Done done) {
+  return [loaded = std::move(loaded), buffers = std::move(buffers), launches = std::move(launches),
+          done = std::move(done)](const Status& status) {
+    Status result = status;
+    if (status.ok()) {
+      try {
+        // The memory is let go when the copies from it are done.
+        auto kept = std::make_shared<Loaded>(std::exchange(*loaded, {}));
+        auto event = kept->copies->giveBack();
+        launches->keep(std::move(event), std::move(kept));
+      } catch (const std::exception& error) {
+        result = Status(Code::kInternal, "the copy to the device: " + textOf(error));
+      }
+    }
+    done(result);
+  };
+}
+
+}  // namespace
+
+Milliseconds ReducerBackend::timeoutOr(Milliseconds asked) const {
+  return asked > Milliseconds(0) ? asked : Milliseconds(timeout_ms_.load());
+}
+
+Arguments ReducerBackend::arguments(const Call& call) const {
+  const std::string_view title = call.title;
+  return Arguments(who_, title.substr(title.find(':') + 1), rank_, size_);
+}
+
+c10::intrusive_ptr<ReducerWork> ReducerBackend::makeWork(const Call& call,
+                                                         std::shared_ptr<Buffers> buffers,
+                                                         std::size_t parts) {
+  ReducerWork::Info info;
+  info.rank = rank_;
+  info.type = call.type;
+  info.title = call.title;
+  info.who = who_;
+  info.sequence = call.numbered ? calls_++ : calls_.load();
+  info.source = call.source;
+  info.parts = parts;
+  info.timeout = call.timeout;
+  return c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs,
+                                          std::move(buffers), shared_);
+}
+
+Done ReducerBackend::ending(const c10::intrusive_ptr<ReducerWork>& work) const {
+  return [work, error = error_type_](const Status& status) {
+    if (status.code() == Code::kTimeout) *error = c10d::ErrorType::TIMEOUT;
+    if (status.code() == Code::kUnavailable) *error = c10d::ErrorType::REMOTE_ERROR;
+    work->partDone(status);
+  };
+}
+
+WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std::vector<Part> parts,
+                               const Start& start) {
+  const std::shared_ptr<Session> session = this->session();
+  arguments(call).oneDevice(call.inputs, call.outputs);
+  call.timeout = timeoutOr(call.timeout) + Milliseconds(ephemeral_ms_.exchange(0));
+  DeviceCopies* const copies = buffers ? buffers->copies() : nullptr;
+  if (buffers && buffers->borrowed()) buffers = releasedElsewhere(buffers, shared_.completions);
+  if (copies != nullptr) {
+    parts = segments(std::move(parts), kSegmentBytes);
+    copies->begin();
+  }
+  const auto work = makeWork(call, buffers, parts.size());
+  CallOptions options;
+  options.timeout = call.timeout;
+  options.keepalive = buffers;
+  for (Part& one : parts) {
+    const auto part = std::make_shared<Part>(std::move(one));
+    LaunchQueue::Launch launch;
+    Done done = ending(work);
+    if (copies != nullptr) {
+      const auto loaded = std::make_shared<Loaded>();
+      launch.nbytes = part->nbytes();
+      launch.prepare = [part, loaded, buffers](LaunchQueue::Share share) {
+        std::shared_ptr<c10::Event> fetched;
+        loaded->copies = buffers->copies()->load(*part, fetched);
+        loaded->share = std::move(share);
+        return fetched;
+      };
+      done = givingBack(loaded, buffers, shared_.launches, std::move(done));
+    }
+    launch.start = [session, part, options, start, done](const Status& status) {
+      if (!status.ok()) return done(status);
+      start(*session->group, *part, options, done);
+    };
+    shared_.launches->launch(std::move(launch));
+  }
+  return enroll(work);
+}
+
+void ReducerBackend::startCoalescing() {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(coalescing_thread_ == std::thread::id(), who_,
+              " startCoalescing: calls are being coalesced already");
+  coalescing_thread_ = std::this_thread::get_id();
+}
+
+WorkPtr ReducerBackend::endCoalescing() {
+  const std::lock_guard lock(mutex_);
+  TORCH_CHECK(coalescing_thread_ == std::this_thread::get_id(), who_,
+              " endCoalescing: startCoalescing was not called on this thread");
+  coalescing_thread_ = {};
+  return c10::make_intrusive<CoalescedWork>(rank_, std::exchange(coalesced_, {}));
+}
+
+WorkPtr ReducerBackend::enroll(WorkPtr work) {
+  const std::lock_guard lock(mutex_);
+  if (coalescing_thread_ == std::this_thread::get_id()) coalesced_.push_back(work);
+  return work;
+}
+
+}  // namespace reducer::torch_backend
