@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, Work
 
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
@@ -13,6 +13,18 @@ class Runtime:
     @property
     def address(self) -> str:
         """ "host:port" where other workers reach this process."""
+
+class BackendOptions(Backend.Options):
+    """What a group was made with: `options` of its backend (a copy), and for split_group and shrink_group."""
+
+    algorithm: str
+    chunk_bytes: int
+    window_bytes: int
+    checksum: bool
+    @property
+    def servers(self) -> list[str]: ...
+    def __copy__(self) -> BackendOptions: ...
+    def __deepcopy__(self, memo: dict[int, object]) -> BackendOptions: ...
 
 class ReducerBackend(Backend):
     """This rank's place in a group."""
@@ -38,11 +50,27 @@ class ReducerBackend(Backend):
         """`job`: 16 bytes, equal on all ranks and new for each instance; `workers`: addresses by rank. ValueError."""
 
     @property
-    def options(self) -> Backend.Options: ...
+    def options(self) -> BackendOptions: ...
     @property
     def algorithm(self) -> str:
         """The algorithm in use, "auto" resolved."""
 
+    def abort_work(self, work: Work) -> None:
+        """Gives one call up, on this rank and so on all: the others get an error that says so; the group goes on."""
+
+    def comm_split_count(self) -> int: ...
+    def perform_nocolor_split(self, device: object) -> None:
+        """Nothing: ranks that are not in a split have nothing to do for it."""
+
+    def _add_ephemeral_timeout(self, timeout: timedelta) -> None:
+        """More time for the next call, once."""
+
+    def _verify_work_timeout(self, work: Work, timeout: timedelta) -> bool: ...
+    def _group_start(self) -> None: ...
+    def _group_end(self) -> None: ...
+    def _is_initialized(self) -> bool: ...
+    @property
+    def uid(self) -> int: ...
     def counters(self) -> dict[str, int]:
         """operations, pushed_bytes, pulled_bytes, outstanding_bytes_max and its bound window_bytes."""
 

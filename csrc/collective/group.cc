@@ -354,6 +354,27 @@ class GroupHandle final : public Group {
 
 }  // namespace
 
+void Canceller::add(std::function<void(const Status&)> end) {
+  Status why;
+  {
+    const std::lock_guard lock(mutex_);
+    why = why_;
+    if (why.ok()) ends_.push_back(end);
+  }
+  if (!why.ok()) end(why);
+}
+
+void Canceller::cancel(const Status& why) {
+  std::vector<std::function<void(const Status&)>> ends;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!why_.ok()) return;
+    why_ = why;
+    ends.swap(ends_);
+  }
+  for (const auto& end : ends) end(why);
+}
+
 std::string derivedJob(const std::string& parent, const std::string& text) {
   std::string job(16, '\0');
   for (int half = 0; half < 2; ++half) {

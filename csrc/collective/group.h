@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -34,11 +35,26 @@ struct GroupConfig {
   Settings settings;
 };
 
+/// Ends the operations of one call before their time. Thread safety: every method, from any thread.
+class Canceller {
+ public:
+  /// For the group: how an operation is ended; at once, if cancel() has been called.
+  void add(std::function<void(const Status&)> end);
+  /// Ends what is under way, and what the call still starts, with `why`. Idempotent.
+  void cancel(const Status& why);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::function<void(const Status&)>> ends_;
+  Status why_;  // Ok: not cancelled
+};
+
 struct CallOptions {
   std::chrono::milliseconds timeout{1'800'000};
   /// Kept until no byte of inputs and outputs is used any more (which may be after a failed call's
   /// `done`).
   std::shared_ptr<const void> keepalive;
+  std::shared_ptr<Canceller> canceller;  ///< may be null
   /// What the ranks compare and errors name, where a collective is made of another.
   std::optional<Collective> shown_as;
   /// Gets the operation's number before `done` is called: equal on all ranks that made the call.

@@ -102,6 +102,7 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
   std::shared_ptr<Operation> operation;
   Status status;
   std::vector<OwnerIndex> owners;
+  const std::shared_ptr<Canceller> canceller = options.canceller;
   {
     const std::lock_guard lock(mutex_);
     status = broken_;
@@ -137,6 +138,14 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
   } else if (!status.ok()) {
     fail(operation, status);
   } else {
+    if (canceller) {
+      canceller->add(
+          [state = weak_from_this(), weak = std::weak_ptr(operation)](const Status& why) {
+            const auto self = state.lock();
+            const auto under_way = weak.lock();
+            if (self && under_way) self->fail(under_way, why);
+          });
+    }
     pump(owners);
   }
 }

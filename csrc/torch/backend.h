@@ -154,6 +154,7 @@ class ReducerBackend final : public c10d::Backend {
     Tensors inputs = {};                                 ///< for the profiler
     Tensors outputs = {};                                ///< for result() and the Future
     std::shared_ptr<std::atomic<int>> source = nullptr;  ///< of a receive
+    std::shared_ptr<collective::Canceller> canceller = std::make_shared<collective::Canceller>();
     bool numbered = true;  ///< a collective, which all ranks call: it has a number
   };
   using Done = collective::Done;

@@ -73,6 +73,7 @@ c10::intrusive_ptr<ReducerWork> ReducerBackend::makeWork(const Call& call,
   info.source = call.source;
   info.parts = parts;
   info.timeout = call.timeout;
+  info.canceller = call.canceller;
   return c10::make_intrusive<ReducerWork>(std::move(info), call.inputs, call.outputs,
                                           std::move(buffers), shared_);
 }
@@ -100,6 +101,7 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
   CallOptions options;
   options.timeout = call.timeout;
   options.keepalive = buffers;
+  options.canceller = call.canceller;
   for (Part& one : parts) {
     const auto part = std::make_shared<Part>(std::move(one));
     LaunchQueue::Launch launch;

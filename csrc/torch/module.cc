@@ -152,6 +152,11 @@ PYBIND11_MODULE(_torch, m) {
                                return std::string(reducer::collective::nameOf(backend.algorithm()));
                              })
       .def("counters", &countersOf)
+      // torch does not bind Work::abort().
+      .def(
+          "abort_work",
+          [](ReducerBackend&, const c10::intrusive_ptr<c10d::Work>& work) { work->abort(); },
+          py::arg("work"), without_gil)
       .def("comm_split_count", &ReducerBackend::splitCount)
       // Ranks that are not in a split have nothing to do for it.
       .def(

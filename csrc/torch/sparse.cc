@@ -116,6 +116,7 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
   CallOptions first;
   first.timeout = call.timeout;
   first.keepalive = state;
+  first.canceller = call.canceller;
   first.shown_as = Collective::kSparseAllReduce;
   const CallOptions second = first;
   first.number = std::make_shared<std::atomic<std::uint64_t>>();

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "collective/group.h"
 #include "common/status.h"
 #include "torch/accelerator.h"
 #include "torch/buffers.h"
@@ -47,6 +48,7 @@ class ReducerWork final : public c10d::Work {
     std::shared_ptr<std::atomic<int>> source;  ///< of a receive; -1 until it is known
     std::size_t parts = 1;
     std::chrono::milliseconds timeout{0};  ///< of the operation
+    std::shared_ptr<collective::Canceller> canceller;
   };
   /// What all calls of a backend share.
   struct Shared {
@@ -115,6 +117,12 @@ class ReducerWork final : public c10d::Work {
     if (event) blockCurrentStreamOn(*event);
   }
   void blockCurrentStream() override { wait(); }
+
+  /// Gives the call up, on this rank and so on all: the others get an error that says so.
+  void abort() override {
+    info_.canceller->cancel(
+        Status(Code::kAborted, "abort() of its Work was called on rank " + std::to_string(rank_)));
+  }
 
   bool isCompleted() override {
     if (!c10d::Work::isCompleted()) return false;
