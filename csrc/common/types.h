@@ -65,6 +65,7 @@ enum class Collective : std::uint8_t {
   kSendRecv = 10,
   kSparseAllReduce = 11,
 };
+inline constexpr Collective kLastCollective = Collective::kSparseAllReduce;
 
 /// Bytes of one element; 0 for a number that is no DataType (as a peer may send).
 std::size_t sizeOf(DataType dtype) noexcept;

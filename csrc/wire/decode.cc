@@ -230,7 +230,8 @@ bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
     case frame_tag::kChunk:
       return in.number(kMaxUint32, "chunk", frame.slot.chunk);
     case frame_tag::kCollective:
-      return in.known(1, 11, "collective", frame.call.collective);
+      return in.known(1, static_cast<std::uint64_t>(kLastCollective), "collective",
+                      frame.call.collective);
     case frame_tag::kOp:
       return in.known(0, 8, "op", frame.call.op);
     case frame_tag::kDtype:

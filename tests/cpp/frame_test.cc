@@ -249,8 +249,8 @@ TEST(Frame, RefusesNumbersOutOfRange) {
   expectRefused(header([](Frame& f) { f.call.dtype = static_cast<DataType>(18); }), "dtype 18");
   expectRefused(header([](Frame& f) { f.call.dtype = static_cast<DataType>(0); }), "dtype 0");
   expectRefused(header([](Frame& f) { f.call.op = static_cast<ReduceOp>(9); }), "op 9");
-  expectRefused(header([](Frame& f) { f.call.collective = static_cast<Collective>(11); }),
-                "collective 11");
+  expectRefused(header([](Frame& f) { f.call.collective = static_cast<Collective>(12); }),
+                "collective 12");
   expectRefused(header([](Frame& f) { f.call.codec = 1; }), "codec 1");
   expectRefused(header([](Frame& f) { f.code = static_cast<Code>(9); }), "code 9");
   expectRefused(header([](Frame& f) { f.call.root = kMaxWorldSize; }), "root + 1 4097 is over");
