@@ -27,13 +27,14 @@ CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python test-integrations fuzz-smoke fuzz lint tidy format bench clean
+.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python torch-suite test-integrations fuzz-smoke fuzz lint tidy format bench clean
 
 help: ## this table
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 	@echo
 	@echo 'netlab takes WORKERS=$(WORKERS) REDUCERS=$(REDUCERS) RATE=$(RATE) SIZES=$(SIZES);'
-	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest.'
+	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest;'
+	@echo 'torch-suite takes ARGS such as "--backend reducer --world-size 3 -k barrier", or --list.'
 
 setup: ## everything this machine lacks: system packages, .venv, the build (quick if nothing)
 	@tools/setup.sh
@@ -93,6 +94,9 @@ test-python: setup ## pytest: the backend, the reducers, the command line, as re
 test-integrations: setup ## Lightning, Accelerate and Ray Train on this backend, in .venv-integrations (not a part of test)
 	@tools/setup.sh integrations
 	.venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
+
+torch-suite: setup ## PyTorch's own distributed suite on reducer, and beside it on Gloo (10 minutes; not a part of test)
+	$(VENV)/python tests/torch_suite/report.py $(ARGS)
 
 tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
 	cmake -S . -B build/native >/dev/null
