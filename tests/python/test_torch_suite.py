@@ -90,7 +90,7 @@ class Case(unittest.TestCase):
         if os.fork() == 0:
             time.sleep(600)
 
-print(json.dumps([dataclasses.asdict(runner.run_test(Case, name, 1.0)) for name in sys.argv[2:]]))
+print(json.dumps([dataclasses.asdict(runner.run_test(Case, name, 3.0)) for name in sys.argv[2:]]))
 """
 
 
@@ -120,7 +120,8 @@ def test_the_runner_tells_every_end_apart_and_leaves_no_process() -> None:
     assert results["test_fails"]["line"] == "AssertionError: for a reason"
     assert results["test_skips"]["line"] == "no wish"
     # Where it hung is part of what is reported.
-    assert "in test_hangs_with_ranks" in results["test_hangs_with_ranks"]["detail"]
+    detail = results["test_hangs_with_ranks"]["detail"]
+    assert "in test_hangs_with_ranks" in detail, detail
     assert processes_with(word) == []
 
 

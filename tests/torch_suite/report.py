@@ -1,8 +1,8 @@
 """`make torch-suite`: PyTorch's own distributed suite on Gloo and on reducer, side by side.
 
-A table has the counts, and below it is every test that Gloo passes and the backend does not, with the line of its error.
-The tests that want 8 ranks run with 8, all with 3 and with 4. Those that Gloo skips and that a backend with all_to_all can
-pass run as well ("beyond Gloo"). All results go to out/torch-suite.json.
+A table has the counts, and below it is every test that Gloo passes and the backend does not, with its error's line.
+The tests that want 8 ranks run with 8, all with 3 and with 4. Those that Gloo skips and that a backend with all_to_all
+can pass run as well ("beyond Gloo"). All results go to out/torch-suite.json.
 Ends with 1 if a test that Gloo passes does not pass on the backend and is not in EXCUSED.
 """
 

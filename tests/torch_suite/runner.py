@@ -30,8 +30,8 @@ from typing import Any
 import suite
 
 _LOG_TAIL = 20_000
-# A hanging rank has this long to write the stacks of its threads.
-_STACKS_S = 2.0
+# A hanging process has this long to write the stacks of its threads.
+_STACKS_S = 0.3
 # "RuntimeError: text", "torch.distributed.DistBackendError: text"; not a frame of C++, not the words of a traceback
 _ERROR_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: .*)?$", re.MULTILINE)
 _WRAPPING = "exited with error code"
@@ -69,6 +69,8 @@ def run_test(case: Any, name: str, limit_s: float) -> Result:
     start = time.monotonic()
     try:
         (folder / "barrier").mkdir()
+        # Here already: in a child that has not come that far, the signal would be the end of it.
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
         answer, tell = os.pipe()
         child = os.fork()
         if child == 0:
@@ -77,10 +79,10 @@ def run_test(case: Any, name: str, limit_s: float) -> Result:
         os.close(tell)
         try:
             told = _read_until(answer, start + limit_s)
+            if told is None:
+                _ask_for_stacks(child)
         finally:
             os.close(answer)
-            if time.monotonic() - start >= limit_s:
-                _ask_for_stacks(child)
             _end(child)
         seconds = round(time.monotonic() - start, 1)
         if told:
@@ -88,7 +90,7 @@ def run_test(case: Any, name: str, limit_s: float) -> Result:
             line = text if outcome == "skipped" else first_error_line(text) if text else ""
             detail = text + _tail(folder) if outcome == "failed" else ""
             return Result(name, outcome, seconds, line, detail)
-        if seconds >= limit_s:
+        if told is None:
             return Result(name, "hung", seconds, f"did not end within {limit_s:g} s", _tail(folder))
         return Result(name, "crashed", seconds, "the process that runs the test died", _tail(folder))
     finally:
@@ -104,7 +106,6 @@ def _life_of_child(case: Any, name: str, folder: Path, tell: int) -> None:
     os.environ["TEMP_DIR"] = str(folder)
     # Files that tests leave behind go with the folder.
     tempfile.tempdir = str(folder)
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True)
     result = unittest.TestResult()
     case(name).run(result)
     wrong = [text for _, text in result.errors + result.failures]
@@ -119,8 +120,8 @@ def _life_of_child(case: Any, name: str, folder: Path, tell: int) -> None:
     os._exit(0)
 
 
-def _read_until(pipe: int, deadline: float) -> bytes:
-    """What comes through the pipe until it is closed, or nothing if the deadline passes first."""
+def _read_until(pipe: int, deadline: float) -> bytes | None:
+    """What comes through the pipe until it is closed; None if the deadline passes first."""
     told = io.BytesIO()
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
@@ -133,7 +134,7 @@ def _read_until(pipe: int, deadline: float) -> bytes:
                 # Ranks that outlive the test hold the pipe's other end.
                 json.loads(told.getvalue())
                 return told.getvalue()
-    return b""
+    return None
 
 
 def _family(child: int) -> list[int]:
@@ -163,8 +164,10 @@ def _signal(pids: Sequence[int], number: signal.Signals) -> None:
 
 
 def _ask_for_stacks(child: int) -> None:
-    _signal(_family(child), signal.SIGUSR1)
-    time.sleep(_STACKS_S)
+    """One process after the other: they write piece by piece into the same log."""
+    for pid in _family(child):
+        _signal([pid], signal.SIGUSR1)
+        time.sleep(_STACKS_S)
 
 
 def _end(child: int) -> None:
