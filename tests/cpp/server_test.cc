@@ -1,0 +1,137 @@
+// A reducer's sessions on the simulated network: who says nothing, and what is left of who has
+// gone.
+#include "server/server.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/limits.h"
+#include "conformance.h"
+#include "transport/sim/sim.h"
+
+namespace reducer::testing {
+namespace {
+
+using server::ServerOptions;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr std::size_t kWindowBytes = 1 << 20;
+
+/// A standalone reducer and one host from which clients connect. In virtual time.
+class ServerTest : public ::testing::Test {
+ protected:
+  ServerTest() {
+    ServerOptions options;
+    options.host = "server:1";
+    options.standalone = true;
+    server_ = std::make_unique<server::ReducerServer>(*server_host_, options);
+    EXPECT_TRUE(server_->listen("server:7000").ok());
+  }
+
+  std::shared_ptr<Recorder> connect() {
+    auto client = std::make_shared<Recorder>();
+    client->hold(client_host_->connect("server:7000", client, seconds(5)));
+    clients_.push_back(client);
+    return client;
+  }
+
+  ~ServerTest() override {
+    for (const auto& client : clients_) client->drop();
+    pass(seconds(1));
+  }
+
+  static wire::Frame hello(Rank rank, std::int32_t world_size) {
+    wire::Frame frame;
+    frame.kind = wire::FrameKind::kHello;
+    frame.hello.version = kProtocolVersion;
+    frame.hello.job = "0123456789abcdef";
+    frame.hello.group = "default";
+    frame.hello.rank = rank;
+    frame.hello.world_size = world_size;
+    frame.hello.host = "client:" + std::to_string(rank);
+    frame.hello.window_bytes = kWindowBytes;
+    return frame;
+  }
+
+  /// A chunk of zeros of an all_reduce(sum).
+  static void push(const Recorder& client, std::uint64_t seq, std::size_t count) {
+    wire::Frame frame;
+    frame.kind = wire::FrameKind::kPush;
+    frame.slot.seq = seq;
+    frame.call.collective = Collective::kAllReduce;
+    frame.call.op = ReduceOp::kSum;
+    frame.call.dtype = DataType::kFloat32;
+    frame.call.count = count;
+    frame.length = count * sizeof(float);
+    client.connection()->send(frame, owned(std::vector<std::byte>(frame.length)));
+  }
+
+  void pass(Duration time) {
+    network_.runUntil([] { return false; }, time);
+  }
+
+  transport::SimNetwork network_{transport::SimOptions{}};
+  std::unique_ptr<transport::Transport> server_host_ = network_.addHost("server");
+  std::unique_ptr<transport::Transport> client_host_ = network_.addHost("client");
+  std::unique_ptr<server::ReducerServer> server_;
+  std::vector<std::shared_ptr<Recorder>> clients_;
+};
+
+TEST_F(ServerTest, AConnectionThatSaysNothingIsClosedAfterTenSeconds) {
+  const auto silent = connect();
+  const auto worker = connect();
+  worker->connection()->send(hello(0, 1), {});
+  pass(milliseconds(9'900));
+  EXPECT_EQ(silent->closes(), 0);
+  pass(milliseconds(400));
+  EXPECT_EQ(silent->closes(), 1);
+  ASSERT_EQ(silent->arrived().size(), 1u);
+  const wire::Frame last = silent->arrived()[0].frame;
+  EXPECT_EQ(last.kind, wire::FrameKind::kError);
+  EXPECT_TRUE(last.fatal);
+  EXPECT_EQ(last.code, Code::kTimeout);
+  EXPECT_NE(last.text.find("did not say which worker it is"), std::string::npos) << last.text;
+  // Who has said hello may then be silent for as long as it likes.
+  pass(seconds(60));
+  EXPECT_EQ(worker->closes(), 0);
+  push(*worker, 0, 10);
+  pass(seconds(1));
+  ASSERT_EQ(worker->arrived().size(), 2u);
+  EXPECT_EQ(worker->arrived()[0].frame.kind, wire::FrameKind::kWelcome);
+  EXPECT_EQ(worker->arrived()[1].frame.kind, wire::FrameKind::kResult);
+}
+
+TEST_F(ServerTest, NothingIsHeldWhenAllHaveLeftInTheMiddle) {
+  const std::vector<std::shared_ptr<Recorder>> workers{connect(), connect()};
+  for (Rank r = 0; r < 2; ++r) workers[r]->connection()->send(hello(r, 2), {});
+  for (std::uint64_t seq = 0; seq < 20; ++seq) push(*workers[0], seq, 1000);
+  push(*workers[1], 20, 500);
+  pass(seconds(1));
+  EXPECT_EQ(server_->stats().held_bytes, 20u * 4000 + 2000);
+  EXPECT_EQ(server_->stats().slots_open, 21u);
+  for (const auto& worker : workers) {
+    worker->connection()->close(Status(Code::kAborted, "the test wants it"), /*flush=*/false);
+  }
+  pass(seconds(1));
+  const server::ServerStats stats = server_->stats();
+  EXPECT_EQ(stats.held_bytes, 0u);
+  EXPECT_EQ(stats.slots_open, 0u);
+  EXPECT_EQ(stats.reserved_bytes, 0u);
+  EXPECT_EQ(stats.connections, 0u);
+  EXPECT_TRUE(stats.groups.empty());
+  // All of the window is there for those that come after.
+  const auto next = connect();
+  next->connection()->send(hello(0, 1), {});
+  push(*next, 0, kWindowBytes / sizeof(float));
+  pass(seconds(1));
+  ASSERT_EQ(next->arrived().size(), 2u);
+  EXPECT_EQ(next->arrived()[1].frame.kind, wire::FrameKind::kResult);
+}
+
+}  // namespace
+}  // namespace reducer::testing
