@@ -124,5 +124,15 @@ class Exchange:
         self.send(**(frame | {"length": len(payload), "timeout_ms": 10_000, "payload": payload} | more))
 
 
+def crc32c(payload: bytes) -> int:
+    """Bit by bit, as RFC 3720 defines it."""
+    crc = 0xFFFFFFFF
+    for byte in payload:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
 def floats(payload: bytes) -> list[float]:
     return list(struct.unpack(f"<{len(payload) // 4}f", payload))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import pytest
-from control_client import BYE, ERROR, PROTOCOL_VERSION, RESULT, WAIT_S, WINDOW_BYTES, Client, Exchange, floats
+from control_client import BYE, ERROR, PROTOCOL_VERSION, RESULT, WAIT_S, WINDOW_BYTES, Client, Exchange, crc32c, floats
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import Server, serving, started
 
-INVALID_ARGUMENT, MISMATCH, UNAVAILABLE, RESOURCE_EXHAUSTED, VERSION = 1, 2, 4, 5, 7
+INVALID_ARGUMENT, MISMATCH, UNAVAILABLE, RESOURCE_EXHAUSTED, VERSION, INTERNAL = 1, 2, 4, 5, 7, 8
 OTHER_JOB = b"fedcba9876543210"
+
+# Lanes, as csrc/wire/lane.h numbers them.
+COLLECTIVES = 0
+PART = 1 << 62  # what rank 0 pushes of a gather
+STEP = 1 << 61 | 3  # the second step of collective 3
+PAIR = 1 << 63 | 0 << 44 | 1 << 32 | 7  # from rank 0 to rank 1, tag 7
 
 
 @pytest.fixture
@@ -133,8 +143,8 @@ def test_another_protocol_version_is_refused(open_stream: Callable[[], Exchange]
 
 @pytest.mark.parametrize(
     "hello",
-    [{"rank": 2, "world_size": 2}, {"world_size": 0}, {"world_size": 1 << 20}],
-    ids=["rank", "no-world", "huge-world"],
+    [{"rank": 2, "world_size": 2}, {"world_size": 0}, {"world_size": 1 << 20}, {"window_bytes": 0}],
+    ids=["rank", "no-world", "huge-world", "no-window"],
 )
 def test_an_impossible_hello_is_refused(open_stream: Callable[[], Exchange], hello: dict[str, object]) -> None:
     stream = open_stream()
@@ -142,6 +152,25 @@ def test_an_impossible_hello_is_refused(open_stream: Callable[[], Exchange], hel
     reply = stream.receive()
     assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INVALID_ARGUMENT)
     assert stream.ended()
+
+
+def test_a_window_that_the_group_does_not_have_is_refused(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    """The group's memory was promised for the window of its first worker."""
+    first, greedy = open_stream(), open_stream()
+    first.join(rank=0, world_size=2, window_bytes=4096, config_text="window 4096 B")
+    greedy.hello(rank=1, world_size=2, window_bytes=1 << 30, config_text="window 1073741824 B")
+    reply = greedy.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, MISMATCH)
+    for word in ("rank 1 (test-host:1)", "window 1073741824 B", "rank 0 (test-host:0)", "window 4096 B"):
+        assert word in reply.text
+    assert greedy.ended()
+    assert client.stats().reserved_bytes == 2 * 2 * 4096
+    # The place of rank 1 is free for one that fits.
+    second = open_stream()
+    second.join(rank=1, world_size=2, window_bytes=4096)
+    for stream in (first, second):
+        stream.push([1.0])
+    assert [floats(stream.receive().payload) for stream in (first, second)] == [[2.0], [2.0]]
 
 
 def test_a_push_before_hello_is_refused(open_stream: Callable[[], Exchange]) -> None:
@@ -152,13 +181,62 @@ def test_a_push_before_hello_is_refused(open_stream: Callable[[], Exchange]) -> 
     assert stream.ended()
 
 
-def test_a_push_beyond_the_window_is_refused(open_stream: Callable[[], Exchange]) -> None:
+@pytest.mark.parametrize("lane", [COLLECTIVES, PART, STEP], ids=["collectives", "part", "step"])
+def test_a_push_beyond_the_window_is_refused(open_stream: Callable[[], Exchange], lane: int) -> None:
     stream = open_stream()
     stream.join(world_size=2, window_bytes=8)
-    stream.push([1.0, 2.0, 3.0])
+    stream.push([1.0], seq=0)
+    stream.push([1.0, 2.0], seq=1, lane=lane)
     reply = stream.receive()
     assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, RESOURCE_EXHAUSTED)
-    assert "window" in reply.text
+    assert "rank 0 has 12 bytes outstanding, more than the window of 8" in reply.text
+    assert stream.ended()
+
+
+def test_a_send_through_a_standalone_reducer_is_refused(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    """Send and recv have a window for each pair and tag, however many: nobody has promised memory for them."""
+    streams = [open_stream() for _ in range(2)]
+    for rank, stream in enumerate(streams):
+        stream.join(rank=rank, world_size=2)
+    streams[0].push([1.0], lane=PAIR, collective=10, op=0, pusher=1, puller=2)
+    reply = streams[0].receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INVALID_ARGUMENT)
+    assert "send and recv go to the other worker" in reply.text
+    assert streams[0].ended()
+    assert client.stats().held_bytes == 0
+
+
+@pytest.mark.parametrize("values", [[1.5], [1.0, -2.0, 3.25] * 100], ids=["one", "many"])
+def test_checksums_are_verified_and_given_back(open_stream: Callable[[], Exchange], values: list[float]) -> None:
+    stream = open_stream()
+    stream.join()
+    payload = struct.pack(f"<{len(values)}f", *values)
+    stream.push(values, checksum=crc32c(payload))
+    result = stream.receive()
+    assert (result.kind, result.text) == (RESULT, "")
+    assert result.payload == payload
+    assert result.HasField("checksum")
+    assert result.checksum == crc32c(payload)
+
+
+def test_a_push_with_a_wrong_checksum_is_refused(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    other, partner, damaged = open_stream(), open_stream(), open_stream()
+    other.join(job=OTHER_JOB)
+    partner.join(rank=0, world_size=2)
+    damaged.join(rank=1, world_size=2)
+    partner.push([1.0, 2.0])
+    damaged.push([10.0, 20.0], checksum=crc32c(struct.pack("<2f", 10.0, 21.0)))
+    reply = damaged.receive()
+    assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INTERNAL)
+    assert "a chunk of rank 1 (test-host:1) arrived at " in reply.text
+    assert "with a wrong checksum" in reply.text
+    assert damaged.ended()
+    told = partner.receive()
+    assert (told.kind, told.fatal, told.code) == (ERROR, False, UNAVAILABLE)
+    assert "rank 1 (test-host:1) was lost" in told.text
+    assert "wrong checksum" in told.text
+    assert_works(other, seq=0)
+    assert client.stats().held_bytes == 0
 
 
 def test_different_calls_are_named_to_every_rank(open_stream: Callable[[], Exchange]) -> None:
@@ -274,3 +352,24 @@ def test_a_killed_worker_is_named_to_the_others(open_stream: Callable[[], Exchan
     assert (reply.kind, reply.code) == (ERROR, UNAVAILABLE)
     assert "rank 1" in reply.text
     assert "test-host:1" in reply.text
+
+
+def settled_stats(client: Client, done: Callable[[Any], bool]) -> Any:
+    """The counters as soon as they are as wanted; what they are after WAIT_S otherwise."""
+    deadline = time.monotonic() + WAIT_S
+    while not done(stats := client.stats()) and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    return stats
+
+
+def test_nothing_is_held_when_all_have_left_in_the_middle(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    streams = [open_stream() for _ in range(2)]
+    for rank, stream in enumerate(streams):
+        stream.join(rank=rank, world_size=2)
+    for seq in range(20):
+        streams[0].push([1.0] * 1000, seq=seq)
+    assert settled_stats(client, lambda stats: stats.slots_open == 20).held_bytes == 20 * 4000
+    for stream in streams:
+        stream.cut()
+    stats = settled_stats(client, lambda stats: stats.connections == 0)
+    assert (stats.connections, stats.slots_open, stats.held_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
