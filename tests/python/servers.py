@@ -81,8 +81,8 @@ def started(*options: str, listen: str = "127.0.0.1:0", command: list[str] | Non
 
 
 @contextlib.contextmanager
-def serving(*options: str, command: list[str] | None = None) -> Iterator[Server]:
-    """A reducer that is ready, on a port of its own choice; gone afterwards."""
-    with started(*options, command=command) as server:
+def serving(*options: str, listen: str = "127.0.0.1:0", command: list[str] | None = None) -> Iterator[Server]:
+    """A reducer that is ready, on a port of its own choice if none is asked for; gone afterwards."""
+    with started(*options, listen=listen, command=command) as server:
         server.wait_ready()
         yield server

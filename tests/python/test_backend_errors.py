@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from control_client import PROTOCOL_VERSION
+from fake_reducer import FakeReducer
 from ranks import Ranks, init_group, standalone_reducers
+from servers import serving
 
 import reducer
 
@@ -93,6 +99,53 @@ def test_mismatch(ranks: Ranks, kind: str) -> None:
         assert all(re.search(rf"rank {r} \(", text) for r in range(N)), text
         assert took < 10
     assert len({text.split("]", 1)[1] for text in texts}) == 1, "the ranks got different texts"
+
+
+def disagree_again(times: int, count: int) -> str:
+    """In a rank: large calls that differ, one after another with large calls that work; the last error."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    text = ""
+    for i in range(times):
+        odd = rank == n - 1
+        tensor = torch.ones(count + (i % 2 if odd else 0))
+        work = dist.all_reduce(tensor, Op.MAX if odd else Op.SUM, async_op=True)
+        assert work is not None
+        with pytest.raises(dist.DistBackendError, match="ranks made different calls") as caught:
+            work.wait()
+        text = str(caught.value)
+        # At once, while what was under way of the failed call still arrives.
+        tensor = torch.ones(count)
+        dist.all_reduce(tensor)
+        assert torch.equal(tensor, torch.full((count,), float(n)))
+    return text
+
+
+def test_many_mismatches_of_large_tensors(ranks: Ranks) -> None:
+    """What a failed call had under way must not count twice against the window."""
+    for text in ranks.call(disagree_again, 20, 2_000_000):
+        assert f"rank {N - 1} (" in text
+
+
+def keep_input(same_count: bool) -> None:
+    """In a rank: a call that fails leaves its tensor as it was. The last rank comes when the others are at work."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    odd = rank == n - 1
+    before = torch.arange(300_000 + (odd and not same_count), dtype=torch.float32) + rank
+    tensor = before.clone()
+    dist.barrier()
+    if odd:
+        time.sleep(0.1)
+    with pytest.raises(dist.DistBackendError, match="ranks made different calls"):
+        dist.all_reduce(tensor, Op.MAX if odd and same_count else Op.SUM)
+    assert torch.equal(tensor, before)
+    # Nothing arrives later, either.
+    dist.barrier()
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("same_count", [True, False], ids=["other operation", "other count"])
+def test_inputs_stay_as_they_were(ranks: Ranks, same_count: bool) -> None:
+    ranks.call(keep_input, same_count)
 
 
 # ---------------------------------------------------------------- ranks that do not come
@@ -266,6 +319,50 @@ def test_unreachable_reducer_names_the_address() -> None:
         assert took < 15
 
 
+def sum_of_ones() -> float:
+    """In a rank: makes the group and gets a sum over all ranks."""
+    init_group()
+    tensor = torch.ones(100_000)
+    dist.all_reduce(tensor)
+    return tensor.sum().item()
+
+
+def test_reducers_that_start_after_the_workers() -> None:
+    late_s = 2.0
+    with contextlib.ExitStack() as stack:
+        # Bound and not listening: nobody else takes the ports, and a reducer, which reuses addresses as this does, may.
+        ports = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for port in ports:
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{port.getsockname()[1]}" for port in ports]
+        fresh = stack.enter_context(
+            Ranks(2, {"REDUCER_SERVERS": ",".join(addresses), "REDUCER_ALGORITHM": "server"}, init=False)
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        sums = pool.submit(fresh.call, sum_of_ones, timeout_s=30.0)
+        with pytest.raises(FutureTimeoutError):
+            sums.result(late_s)
+        for address in addresses:
+            stack.enter_context(serving(listen=address))
+        assert sums.result(40) == [200_000.0] * 2
+        # A reducer ends sooner without workers.
+        fresh.end()
+
+
+def test_a_reducer_of_another_version_is_named_on_every_rank() -> None:
+    with FakeReducer(protocol_version=PROTOCOL_VERSION + 1) as fake:
+        env = {"REDUCER_SERVERS": fake.address, "REDUCER_ALGORITHM": "server"}
+        with Ranks(3, env, init=False) as fresh:
+            results = fresh.call(first_collective)
+    for rank, (text, took) in enumerate(results):
+        assert text.startswith(f"[rank {rank}, group default] ")
+        assert f"this reducer (fake-host:1) speaks protocol version {PROTOCOL_VERSION + 1}" in text, text
+        assert f"the worker speaks {PROTOCOL_VERSION}" in text, text
+        assert took < 10
+    assert sorted(fake.ranks_seen) == [0, 1, 2]
+
+
 def collective_error() -> str:
     with pytest.raises(dist.DistBackendError) as caught:
         dist.all_reduce(torch.ones(100_000))
@@ -369,16 +466,3 @@ def test_futures_carry_errors(plain: Ranks) -> None:
     for text in plain.call(failing_future):
         assert "10 elements" in text
         assert "11 elements" in text
-
-
-def keep_input() -> None:
-    """In a rank: a call that fails leaves its tensor as it was."""
-    rank = dist.get_rank()
-    tensor = torch.arange(50_000 + rank, dtype=torch.float32)
-    with pytest.raises(dist.DistBackendError):
-        dist.all_reduce(tensor)
-    assert torch.equal(tensor, torch.arange(50_000 + rank, dtype=torch.float32))
-
-
-def test_inputs_stay_as_they_were(plain: Ranks) -> None:
-    plain.call(keep_input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import subprocess
@@ -14,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -83,6 +85,56 @@ def check_futures() -> None:
 
 def test_futures(ranks: Ranks) -> None:
     ranks.call(check_futures)
+
+
+def check_many_outstanding(operations: int, count: int) -> None:
+    n, rank = dist.get_world_size(), dist.get_rank()
+    tensors = [torch.full((count,), float(rank + i)) for i in range(operations)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    for work in works:
+        assert work is not None
+        work.wait()
+    for i, tensor in enumerate(tensors):
+        assert torch.equal(tensor, torch.full((count,), float(n * (n - 1) // 2 + n * i)))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_ring_with_many_operations_outstanding(n: int) -> None:
+    """Each of them alone has more chunks to wait for (1,400 and more) than may be under way in a lane (1,024)."""
+    env = {"REDUCER_ALGORITHM": "ring", "REDUCER_CHUNK_BYTES": "4KiB"}
+    with Ranks(n, env, group_timeout_s=30.0) as fresh:
+        fresh.call(check_many_outstanding, 10, 1 << 20, timeout_s=50.0)
+
+
+def check_foreign_memory(folder: str) -> None:
+    """In a rank: rank 0 holds the GIL when memory that numpy owns is to be let go; the others need its threads."""
+    held, release = f"{folder}/held", f"{folder}/release"
+    count = 1_000_000
+    if dist.get_rank() == 0:
+        os.mkfifo(release)
+        dist.all_reduce(torch.from_numpy(np.ones(count, dtype=np.float32)), async_op=True)
+        work = dist.all_reduce(torch.ones(count), async_op=True)
+        assert work is not None
+        # A PyDLL keeps the GIL during its calls: from here to the others' word no Python runs in this process.
+        assert ctypes.PyDLL(None).system(f"touch {held}; timeout 20 cat {release}".encode()) == 0
+        work.wait()
+        return
+    deadline = time.monotonic() + 20
+    while not os.path.exists(held):
+        assert time.monotonic() < deadline, "rank 0 does not hold the GIL"
+        threading.Event().wait(0.005)
+    try:
+        for _ in range(2):
+            work = dist.all_reduce(torch.ones(count), async_op=True)
+            assert work is not None
+            work.wait(timedelta(seconds=5))
+    finally:
+        if dist.get_rank() == 1:
+            Path(release).write_text("")
+
+
+def test_memory_of_numpy_is_let_go_without_waiting_for_the_gil(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.call(check_foreign_memory, str(tmp_path))
 
 
 def check_wait_timeout() -> None:
