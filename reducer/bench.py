@@ -110,7 +110,7 @@ def bench_command(
     memory_size: Annotated[str, typer.Option(help="Size of the tensor for --memory.")] = "1GiB",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     png_file: Annotated[
-        Path | None, typer.Option("--png", help="Draw time and bandwidth over size into this file.")
+        Path | None, typer.Option("--png", help="Draw time and bandwidth over size into this file; not with --memory.")
     ] = None,
 ) -> None:
     """Time collectives and check their results, several backends side by side.
@@ -133,6 +133,8 @@ def bench_command(
             local=not ("RANK" in os.environ and "WORLD_SIZE" in os.environ),
         )
         tensor_bytes = units.parse_size(memory_size)
+        if memory and png_file is not None:
+            raise ValueError("--memory gives one figure for each contender and draws no --png: leave one of them out")
         if png_file is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--png needs matplotlib: pip install matplotlib")
         _check_servers(plan, reducers)

@@ -395,8 +395,11 @@ def test_forked_child() -> None:
 
 
 PREAMBLE = """
-import faulthandler, os, sys
+import atexit, faulthandler, os, sys, threading
 faulthandler.dump_traceback_later(50, exit=True)
+# Registered before the backend's own end, and so done after it.
+afterwards = []
+atexit.register(lambda: [step() for step in afterwards])
 import torch, torch.distributed as dist
 {imports}
 rank = int(sys.argv[1])
@@ -414,16 +417,20 @@ ENDINGS = {
     """,
     "with an exception": "raise SystemExit(3)",
     "while a thread waits": """
-        import threading
         def wait():
             try:
                 dist.recv(torch.ones(5), 1 - rank)
             except dist.DistBackendError:
-                os.write(1, b"released")
-        threading.Thread(target=wait, daemon=True).start()
+                print("released")
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        afterwards.append(lambda: thread.join(20))
     """,
     "after destroy": "dist.destroy_process_group()",
 }
+
+# What else a rank must have printed at its end.
+PRINTED = {"with a callback outstanding": "called\n", "while a thread waits": "released\n"}
 
 
 def scripts(tmp_path: Path, text: str, env: dict[str, str] | None = None) -> list[subprocess.CompletedProcess[str]]:
@@ -459,6 +466,7 @@ def test_exit(tmp_path: Path, ending: str) -> None:
     for process in scripts(tmp_path, text):
         expected = 3 if ending == "with an exception" else 0
         assert process.returncode == expected, process.stderr
+        assert process.stdout == PRINTED.get(ending, "")
         assert "Fatal" not in process.stderr
         assert "terminate called" not in process.stderr
 

@@ -25,6 +25,7 @@ from reducer._bench.team import LocalTeam, TeamError, raise_errors
 from reducer.cli import app
 
 CPU = torch.device("cpu")
+MEMORY_SLACK_BYTES = 6 << 20
 
 
 @pytest.mark.parametrize(
@@ -290,6 +291,7 @@ def run_bench(*arguments: str, module: tuple[str, ...] = ("-m", "reducer")) -> s
         (("--max", "12parsecs"), "12parsecs"),
         (("--min", "1MiB", "--max", "1KiB"), "1048576"),
         (("--algorithm", "server"), "--reducers"),
+        (("--memory", "--png", "f.png"), "draws no --png"),
     ],
 )
 def test_bad_options_are_refused_with_a_reason(
@@ -345,7 +347,7 @@ def test_every_algorithm_beside_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_native")
-def test_memory_stays_under_its_bound(tmp_path: Path) -> None:
+def test_memory_keeps_to_the_windows_and_little_more(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     done = run_bench(
         *(
@@ -363,10 +365,10 @@ def test_memory_stays_under_its_bound(tmp_path: Path) -> None:
     direct, server = json.loads(path.read_text())["results"]
     for finding in (direct, server):
         assert finding["wrong_elements"] == 0 and finding["error"] is None
-        # The bound counts payload; what the allocator adds must stay small.
-        assert finding["worker_extra_bytes"] < finding["worker_bound_bytes"] + (16 << 20)
+        # The bound counts payload; what threads, sockets and the allocator add must stay small.
+        assert finding["worker_extra_bytes"] < finding["worker_bound_bytes"] + MEMORY_SLACK_BYTES
         assert finding["counters"]["outstanding_bytes_max"] <= finding["counters"]["window_bytes"]
-    assert server["reducer_extra_bytes"][0] < server["reducer_bound_bytes"] + (16 << 20)
+    assert server["reducer_extra_bytes"][0] < server["reducer_bound_bytes"] + MEMORY_SLACK_BYTES
 
 
 def test_it_joins_a_torchrun_job() -> None:
