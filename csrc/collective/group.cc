@@ -42,14 +42,15 @@ class GroupHandle final : public Group {
   void allReduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op,
                  CallOptions options, Done done) override {
     if (!checkOp(op, dtype, done)) return;
-    const wire::Call call = makeCall(Collective::kAllReduce, op, dtype, count);
+    const wire::Call call =
+        makeCall(Collective::kAllReduce, op, dtype, options.whole_count.value_or(count));
     if (state_->algorithm() == Algorithm::kRing && n_ > 1) {
-      ring(call, in, out, std::move(options), std::move(done));
+      ring(call, in, out, count, std::move(options), std::move(done));
       return;
     }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  Transfer all = mapped(call, seq);
+                  Transfer all = mapped(count * sizeOf(dtype), seq);
                   all.in = bytes(in);
                   all.out = bytes(out);
                   return std::vector<Transfer>{std::move(all)};
@@ -59,10 +60,11 @@ class GroupHandle final : public Group {
   void reduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op, Rank root,
               CallOptions options, Done done) override {
     if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
-    const wire::Call call = makeCall(Collective::kReduce, op, dtype, count, root);
+    const wire::Call call =
+        makeCall(Collective::kReduce, op, dtype, options.whole_count.value_or(count), root);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  Transfer all = mapped(call, seq);
+                  Transfer all = mapped(count * sizeOf(dtype), seq);
                   all.puller = root;
                   all.in = bytes(in);
                   if (rank_ == root) all.out = bytes(out);
@@ -73,10 +75,11 @@ class GroupHandle final : public Group {
   void broadcast(void* data, std::size_t count, DataType dtype, Rank root, CallOptions options,
                  Done done) override {
     if (!checkRank("root", root, done)) return;
-    const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype, count, root);
+    const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype,
+                                     options.whole_count.value_or(count), root);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  Transfer all = mapped(call, seq);
+                  Transfer all = mapped(count * sizeOf(dtype), seq);
                   all.pusher = root;
                   if (rank_ == root) {
                     all.in = bytes(data);
@@ -90,14 +93,15 @@ class GroupHandle final : public Group {
   void barrier(CallOptions options, Done done) override {
     const wire::Call call = makeCall(Collective::kBarrier, ReduceOp::kNone, DataType::kUInt8, 0);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
-                [&](std::uint64_t seq) { return std::vector<Transfer>{mapped(call, seq)}; });
+                [&](std::uint64_t seq) { return std::vector<Transfer>{mapped(0, seq)}; });
   }
 
   void allGather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
                  DataType dtype, CallOptions options, Done done) override {
     if (!checkSize("outs", outs.size(), done) || !checkSize("counts", counts.size(), done)) return;
-    const wire::Call call = makeCall(options.shown_as.value_or(Collective::kAllGather),
-                                     ReduceOp::kNone, dtype, sum(counts));
+    const wire::Call call =
+        makeCall(options.shown_as.value_or(Collective::kAllGather), ReduceOp::kNone, dtype,
+                 options.whole_count.value_or(sum(counts)));
     const std::uint64_t lane =
         options.second_step ? wire::stepLane(*options.second_step) : wire::kCollectiveLane;
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
@@ -126,7 +130,8 @@ class GroupHandle final : public Group {
         !checkSize("counts", counts.size(), done)) {
       return;
     }
-    const wire::Call call = makeCall(Collective::kReduceScatter, op, dtype, sum(counts));
+    const wire::Call call =
+        makeCall(Collective::kReduceScatter, op, dtype, options.whole_count.value_or(sum(counts)));
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
                   std::vector<Transfer> transfers = compared(seq);
@@ -146,8 +151,8 @@ class GroupHandle final : public Group {
               DataType dtype, Rank root, CallOptions options, Done done) override {
     if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
     if (rank_ == root && !checkSize("outs", outs.size(), done)) return;
-    const wire::Call call =
-        makeCall(Collective::kGather, ReduceOp::kNone, dtype, sum(counts), root);
+    const wire::Call call = makeCall(Collective::kGather, ReduceOp::kNone, dtype,
+                                     options.whole_count.value_or(sum(counts)), root);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
                   std::vector<Transfer> transfers = compared(seq);
@@ -164,8 +169,8 @@ class GroupHandle final : public Group {
                DataType dtype, Rank root, CallOptions options, Done done) override {
     if (!checkRank("root", root, done) || !checkSize("counts", counts.size(), done)) return;
     if (rank_ == root && !checkSize("ins", ins.size(), done)) return;
-    const wire::Call call =
-        makeCall(Collective::kScatter, ReduceOp::kNone, dtype, sum(counts), root);
+    const wire::Call call = makeCall(Collective::kScatter, ReduceOp::kNone, dtype,
+                                     options.whole_count.value_or(sum(counts)), root);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
                   std::vector<Transfer> transfers = compared(seq);
@@ -185,6 +190,10 @@ class GroupHandle final : public Group {
         !checkSize("outs", outs.size(), done) ||
         !checkSize("out_counts", out_counts.size(), done)) {
       return;
+    }
+    if (in_counts[rank_] != out_counts[rank_]) {
+      return done(invalid("this rank sends itself " + std::to_string(in_counts[rank_]) +
+                          " elements and expects " + std::to_string(out_counts[rank_])));
     }
     // The ranks' counts differ by nature; each pair's are compared where they meet.
     const wire::Call call = makeCall(Collective::kAllToAll, ReduceOp::kNone, dtype, 0);
@@ -237,7 +246,8 @@ class GroupHandle final : public Group {
   // First the ranks compare their calls, as for every collective: a ring sums in place, and when
   // they differ the inputs must be as before. Then it turns in a lane of its own: its later steps
   // must not stand behind operations that other ranks have not come to yet.
-  void ring(const wire::Call& call, const void* in, void* out, CallOptions options, Done done) {
+  void ring(const wire::Call& call, const void* in, void* out, std::size_t count,
+            CallOptions options, Done done) {
     CallOptions turning = options;
     options.number = std::make_shared<std::atomic<std::uint64_t>>();
     const auto number = options.number;
@@ -245,17 +255,19 @@ class GroupHandle final : public Group {
         call, wire::kCollectiveLane, std::move(options),
         [=, state = state_, done = std::move(done)](const Status& status) {
           if (!status.ok()) return done(status);
-          const std::size_t nbytes = call.count * sizeOf(call.dtype);
+          wire::Call own = call;
+          own.count = count;
+          const std::size_t nbytes = count * sizeOf(call.dtype);
           if (in != out && nbytes > 0) std::memcpy(out, in, nbytes);
-          state->runRing(call, bytes(out), *number, turning, done);
+          state->runRing(own, bytes(out), *number, turning, done);
         },
         [&](std::uint64_t seq) { return compared(seq); });
   }
 
   /// Over all owners, everybody pushes and pulls.
-  Transfer mapped(const wire::Call& call, std::uint64_t seq) const {
+  Transfer mapped(std::size_t nbytes, std::uint64_t seq) const {
     Transfer transfer;
-    transfer.plan = state_->map().plan(call.count * sizeOf(call.dtype), seq);
+    transfer.plan = state_->map().plan(nbytes, seq);
     return transfer;
   }
 
@@ -294,13 +306,12 @@ class GroupHandle final : public Group {
     auto shared = std::make_shared<Received>(std::move(done));
     state_->receive(
         from, tag, call, timeout,
-        [=, state = state_, me = rank_, options = std::move(options)](
-            Rank sender, std::optional<std::uint64_t> number) {
+        [=, state = state_, me = rank_](Rank sender, std::optional<std::uint64_t> number) {
           pair(
               state, sender, me, count, dtype, tag, nullptr, out, options,
               [shared, sender](const Status& status) { (*shared)(status, sender); }, number);
         },
-        [shared](const Status& status) { (*shared)(status, 0); });
+        [shared](const Status& status) { (*shared)(status, 0); }, options.canceller);
   }
 
   // A receive may start after the handle's end.

@@ -57,6 +57,8 @@ struct CallOptions {
   std::shared_ptr<Canceller> canceller;  ///< may be null
   /// What the ranks compare and errors name, where a collective is made of another.
   std::optional<Collective> shown_as;
+  /// Elements of the whole call, of which this operation is a part: compared among the ranks, too.
+  std::optional<std::size_t> whole_count;
   /// Gets the operation's number before `done` is called: equal on all ranks that made the call.
   std::shared_ptr<std::atomic<std::uint64_t>> number;
   /// This is the second step of the collective with that number (which told its size): it may start

@@ -215,8 +215,10 @@ std::vector<Receives::Match> GroupState::matchReceives(std::uint32_t tag) {
 
 void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
                          std::function<void(Rank, std::optional<std::uint64_t>)> start,
-                         std::function<void(const Status&)> fail) {
+                         std::function<void(const Status&)> fail,
+                         const std::shared_ptr<Canceller>& canceller) {
   std::vector<Receives::Match> matches;
+  std::uint64_t id = 0;
   Status status;
   {
     const std::lock_guard lock(mutex_);
@@ -238,13 +240,25 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
       request.fail = [fail = std::move(fail), late](const Status& why) {
         fail(why.ok() ? Status(Code::kTimeout, late) : why);
       };
-      receives_.add(tag, std::move(request));
+      id = receives_.add(tag, std::move(request));
       matches = matchReceives(tag);
       start = nullptr;
     }
   }
   if (!status.ok()) return fail(status);
   if (start) return start(from, std::nullopt);
+  if (canceller) {
+    canceller->add([weak = weak_from_this(), id](const Status& why) {
+      const auto self = weak.lock();
+      if (!self) return;
+      std::vector<Receives::Request> removed;
+      {
+        const std::lock_guard lock(self->mutex_);
+        removed = self->receives_.remove(id);
+      }
+      for (const Receives::Request& request : removed) request.fail(why);
+    });
+  }
   for (const Receives::Match& match : matches) match.request.start(match.from, match.seq);
 }
 
@@ -293,6 +307,15 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   const std::string& name = links_[owner]->name();
   if (reason.ok()) {
     // It left in good order: only what still needs it fails, now or later.
+    std::vector<Receives::Request> unmatched;
+    if (owner < static_cast<OwnerIndex>(config_.world_size)) {
+      const std::lock_guard lock(mutex_);
+      const bool was_last = ++workers_left_ == config_.world_size - 1;
+      unmatched = receives_.left(static_cast<Rank>(owner), was_last);
+    }
+    for (const Receives::Request& request : unmatched) {
+      request.fail(Status(Code::kUnavailable, "recv: " + links_[owner]->hasLeft()));
+    }
     for (const auto& operation : operations()) {
       if (links_[owner]->waiting(*operation) == 0) continue;
       fail(operation, Status(Code::kUnavailable, engine::describe(operation->info().call) + ": " +

@@ -40,7 +40,8 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   /// the sender and the number in the pair's lane, none: it is to be numbered as usual.
   void receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
                std::function<void(Rank from, std::optional<std::uint64_t> number)> start,
-               std::function<void(const Status&)> fail);
+               std::function<void(const Status&)> fail,
+               const std::shared_ptr<Canceller>& canceller);
   /// The ring of the all-reduce with that number.
   void runRing(const wire::Call& call, std::byte* out, std::uint64_t number, CallOptions options,
                Done done);
@@ -91,6 +92,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
+  std::int32_t workers_left_ = 0;  // said goodbye
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::condition_variable link_closed_;

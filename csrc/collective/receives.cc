@@ -37,11 +37,12 @@ std::vector<Receives::Match> Receives::match(
   return matches;
 }
 
-std::vector<Receives::Request> Receives::late(TimePoint now) {
+template <class Choose>
+std::vector<Receives::Request> Receives::takeOut(Choose choose) {
   std::vector<Request> all;
   for (auto requests = requests_.begin(); requests != requests_.end();) {
     for (auto request = requests->second.begin(); request != requests->second.end();) {
-      if (request->deadline > now) {
+      if (!choose(*request)) {
         ++request;
         continue;
       }
@@ -51,6 +52,30 @@ std::vector<Receives::Request> Receives::late(TimePoint now) {
     requests = requests->second.empty() ? requests_.erase(requests) : std::next(requests);
   }
   return all;
+}
+
+std::uint64_t Receives::add(std::uint32_t tag, Request request) {
+  request.id = ++last_id_;
+  requests_[tag].push_back(std::move(request));
+  return last_id_;
+}
+
+std::vector<Receives::Request> Receives::remove(std::uint64_t id) {
+  return takeOut([id](const Request& request) { return request.id == id; });
+}
+
+std::vector<Receives::Request> Receives::left(Rank rank, bool was_last) {
+  return takeOut([&](const Request& request) {
+    return request.from == rank || (was_last && request.from == kAllRanks);
+  });
+}
+
+std::vector<Receives::Request> Receives::late(TimePoint now) {
+  return takeOut([now](const Request& request) { return request.deadline <= now; });
+}
+
+std::vector<Receives::Request> Receives::clear() {
+  return takeOut([](const Request&) { return true; });
 }
 
 }  // namespace reducer::collective

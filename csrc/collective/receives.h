@@ -23,6 +23,7 @@ class Receives {
     TimePoint deadline;
     std::function<void(Rank from, std::uint64_t seq)> start;
     std::function<void(const Status&)> fail;
+    std::uint64_t id = 0;
   };
   struct Match {
     Request request;
@@ -32,7 +33,12 @@ class Receives {
 
   /// True if a receive of this tag must queue up here, even if it knows its sender.
   bool waiting(std::uint32_t tag) const { return requests_.contains(tag); }
-  void add(std::uint32_t tag, Request request) { requests_[tag].push_back(std::move(request)); }
+  /// Its number, for remove().
+  std::uint64_t add(std::uint32_t tag, Request request);
+  /// Takes one out, if it still waits.
+  std::vector<Request> remove(std::uint64_t id);
+  /// Takes out those that wait for this rank, or if it was the last there is, for any.
+  std::vector<Request> left(Rank rank, bool was_last);
 
   /// A send that no receive was there for.
   void arrived(std::uint32_t tag, Rank from, std::uint64_t seq) {
@@ -48,13 +54,17 @@ class Receives {
 
   /// Takes out what has waited too long.
   std::vector<Request> late(TimePoint now);
-  std::vector<Request> clear() { return late(TimePoint::max()); }
+  std::vector<Request> clear();
 
  private:
   struct Arrival {
     Rank from;
     std::uint64_t seq;
   };
+  template <class Choose>
+  std::vector<Request> takeOut(Choose choose);
+
+  std::uint64_t last_id_ = 0;
   std::map<std::uint32_t, std::list<Request>> requests_;  // by tag; no empty lists
   std::map<std::uint32_t, std::deque<Arrival>> arrivals_;
 };

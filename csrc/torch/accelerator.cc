@@ -27,6 +27,16 @@ constexpr std::size_t kPinnedBytesMax = std::size_t{16} << 20;
 // Places begin where no memory is: whoever uses one as an address is caught.
 constexpr std::uintptr_t kFirstPlace = std::uintptr_t{1} << 62;
 
+/// A device that has failed tells so at every event.
+bool happened(const c10::Event& event, Status& failed) {
+  try {
+    return event.query();
+  } catch (const std::exception& error) {
+    failed = Status(Code::kInternal, std::string("the device: ") + error.what());
+    return true;
+  }
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------ copies
@@ -147,10 +157,15 @@ struct LaunchQueue::State {
     const std::size_t more = waiting[prepared].launch.nbytes;
     return hurried || more == 0 || pinned_bytes == 0 || pinned_bytes + more <= kPinnedBytesMax;
   }
-  bool mayStart() const {
+  bool mayStart() {
     if (prepared == 0) return false;
-    const Waiting& first = waiting.front();
-    return hurried || !first.ready || first.ready->query();
+    Waiting& first = waiting.front();
+    if (hurried || !first.ready || happened(*first.ready, first.failed)) return true;
+    if (Clock::now() < first.launch.deadline) return false;
+    first.failed = Status(Code::kTimeout,
+                          "the device has not produced the input within the call's timeout; what "
+                          "was queued on its stream before the call?");
+    return true;
   }
 };
 
@@ -235,7 +250,8 @@ void LaunchQueue::run(const std::shared_ptr<State>& state) {
         next.failed = std::move(failed);
       }
       ++state->prepared;
-    } else if (!state->kept.empty() && state->kept.front().event->query()) {
+    } else if (Status ignored;
+               !state->kept.empty() && happened(*state->kept.front().event, ignored)) {
       State::Kept kept = std::move(state->kept.front());
       state->kept.pop_front();
       lock.unlock();

@@ -10,6 +10,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -97,8 +98,10 @@ class LaunchQueue {
  public:
   /// What a part holds of the pinned memory that is allowed; gone, others may have it.
   using Share = std::shared_ptr<void>;
+  using Clock = std::chrono::steady_clock;
   struct Launch {
-    std::size_t nbytes = 0;  ///< of pinned memory
+    Clock::time_point deadline = Clock::time_point::max();  ///< of the copies
+    std::size_t nbytes = 0;                                 ///< of pinned memory
     /// Queues the copies; what follows them. None: there is nothing to copy.
     std::function<std::shared_ptr<c10::Event>(Share share)> prepare;
     /// Starts the operation; not Ok: ends it with this.

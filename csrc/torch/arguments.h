@@ -154,6 +154,12 @@ class Arguments {
                       " elements, ", wanted, " are needed (", why, ")");
   }
 
+  /// What a rank sends itself, nobody else compares.
+  void equalToItself(std::size_t sent, std::size_t expected) const {
+    TORCH_CHECK_VALUE(sent == expected, prefix_, "this rank sends itself ", sent,
+                      " elements and expects ", expected, " from itself");
+  }
+
   /// The list is for the root only.
   void emptyHere(const char* name, std::size_t length, Rank root) const {
     TORCH_CHECK_VALUE(length == 0, prefix_, name,

@@ -16,6 +16,10 @@ namespace {
 
 // Beyond the tags that torch's users have (32 bits with a sign).
 constexpr std::uint32_t kBarrierTag = 0xFFFF'FFFF;
+constexpr std::uint8_t kAllCame = 1;
+
+// How much longer a rank waits for rank 0's verdict than rank 0 for the others.
+constexpr auto kVerdictGrace = Milliseconds(2000);
 
 }  // namespace
 
@@ -180,62 +184,76 @@ WorkPtr ReducerBackend::barrier(const c10d::BarrierOptions& options) {
                 });
 }
 
-WorkPtr ReducerBackend::signal(int peer, bool out, Milliseconds timeout) {
+WorkPtr ReducerBackend::signal(int peer, bool out, Milliseconds timeout,
+                               std::shared_ptr<std::uint8_t> byte) {
   Call call{OpType::BARRIER, "reducer:monitored_barrier", timeout};
   call.numbered = false;
   return launch(std::move(call), nullptr, {Part()},
-                [peer, out](Group& group, const Part&, CallOptions o, Done done) {
-                  if (out)
-                    return group.send(nullptr, 0, DataType::kUInt8, peer, kBarrierTag, o, done);
-                  group.recv(nullptr, 0, DataType::kUInt8, peer, kBarrierTag, o, done);
+                [peer, out, byte](Group& group, const Part&, CallOptions o, Done done) {
+                  o.keepalive = byte;
+                  if (out) {
+                    group.send(byte.get(), 1, DataType::kUInt8, peer, kBarrierTag, o, done);
+                  } else {
+                    group.recv(byte.get(), 1, DataType::kUInt8, peer, kBarrierTag, o, done);
+                  }
                 });
 }
 
-// Over send and recv, as torch's users know it: rank 0 hears from every rank, then lets all go. So
-// it works beside a collective in which others hang, and rank 0 knows who is missing.
+// Over send and recv, as torch's users know it: rank 0 hears from every rank, and then tells those
+// that it has heard whether all came. So it works beside a collective in which others hang, rank 0
+// knows who is missing, and the ranks are in step for the next one.
 void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
   const bool unset = options.timeout == c10d::kUnsetTimeout;
   const Milliseconds timeout = unset ? timeoutOr(options.timeout) : options.timeout;
   const std::string within = " in " + std::to_string(timeout.count()) + " ms";
+  const std::string own = who_ + " Rank " + std::to_string(rank_);
   if (timeout <= Milliseconds(0)) {
-    C10_THROW_ERROR(DistBackendError, who_ + " Rank " + std::to_string(rank_) +
-                                          " timed out in monitoredBarrier" + within);
+    C10_THROW_ERROR(DistBackendError, own + " timed out in monitoredBarrier" + within);
   }
+  const auto verdict = std::make_shared<std::uint8_t>(0);
   if (rank_ != 0) {
+    std::string why = "rank 0 misses another rank";
     try {
-      signal(0, true, timeout)->wait();
-      signal(0, false, timeout)->wait();
+      signal(0, true, timeout, verdict)->wait();
+      signal(0, false, timeout + kVerdictGrace, verdict)->wait();
+      if (*verdict == kAllCame) return;
     } catch (const std::exception& error) {
-      C10_THROW_ERROR(
-          DistBackendError,
-          who_ + " Rank " + std::to_string(rank_) +
-              " successfully reached monitoredBarrier, but received errors while waiting for "
-              "send/recv from rank 0. Please check rank 0 logs for faulty rank. (" +
-              textOf(error) + ")");
+      why = textOf(error);
     }
-    return;
+    C10_THROW_ERROR(
+        DistBackendError,
+        own +
+            " successfully reached monitoredBarrier, but received errors while waiting for "
+            "send/recv from rank 0. Please check rank 0 logs for faulty rank. (" +
+            why + ")");
   }
-  std::vector<WorkPtr> heard;
-  for (int rank = 1; rank < size_; ++rank) heard.push_back(signal(rank, false, timeout));
+  std::vector<WorkPtr> works;
+  for (int rank = 1; rank < size_; ++rank) {
+    works.push_back(signal(rank, false, timeout, std::make_shared<std::uint8_t>(0)));
+  }
+  std::vector<int> heard;
   std::string missing;
   std::string why;
   for (int rank = 1; rank < size_; ++rank) {
     try {
-      heard[rank - 1]->wait();
+      works[rank - 1]->wait();
+      heard.push_back(rank);
     } catch (const std::exception& error) {
-      missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
-      if (why.empty()) why = textOf(error);
-      if (!wait_all_ranks) break;
+      if (missing.empty()) why = textOf(error);
+      if (missing.empty() || wait_all_ranks) {
+        missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
+      }
     }
   }
+  *verdict = missing.empty() ? kAllCame : 0;
+  works.clear();
+  for (const int rank : heard) works.push_back(signal(rank, true, timeout, verdict));
   if (!missing.empty()) {
     C10_THROW_ERROR(DistBackendError, who_ + (wait_all_ranks ? " Ranks " : " Rank ") + missing +
                                           " failed to pass monitoredBarrier" + within + " (" + why +
                                           ")");
   }
-  std::vector<WorkPtr> told;
-  for (int rank = 1; rank < size_; ++rank) told.push_back(signal(rank, true, timeout));
-  for (const WorkPtr& work : told) work->wait();
+  for (const WorkPtr& work : works) work->wait();
 }
 
 WorkPtr ReducerBackend::allgather(std::vector<Tensors>& outputs, Tensors& inputs,
@@ -375,6 +393,7 @@ WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
   cutRows(check, "input", input, input_splits, buffers->in(input), size_, part.ins, part.in_counts);
   cutRows(check, "output", output, output_splits, buffers->out(output), size_, part.outs,
           part.out_counts);
+  check.equalToItself(part.in_counts[rank_], part.out_counts[rank_]);
   return launch(std::move(call), buffers, {part},
                 [](Group& group, const Part& p, CallOptions o, Done done) {
                   group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o),
@@ -398,6 +417,7 @@ WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs,
     part.outs.push_back(buffers->out(outputs[r]));
     part.out_counts.push_back(elements(outputs[r]));
   }
+  check.equalToItself(part.in_counts[rank_], part.out_counts[rank_]);
   return launch(std::move(call), buffers, {part},
                 [](Group& group, const Part& p, CallOptions o, Done done) {
                   group.allToAll(p.ins, p.in_counts, p.outs, p.out_counts, p.dtype, std::move(o),

@@ -91,7 +91,7 @@ class ReducerBackend final : public c10d::Backend {
   std::uint64_t splitCount() const { return splits_; }
   /// A group without some ranks, which need not be alive. The others must all call it.
   bool supportsShrinking() const override { return true; }
-  c10::intrusive_ptr<Backend> shrink(const std::vector<std::int64_t>& excluded, int flags,
+  c10::intrusive_ptr<Backend> shrink(const std::vector<std::int64_t>& to_exclude, int flags,
                                      const c10::intrusive_ptr<Options>& options) override;
 
   /// Fails what is under way and all later calls; the group can then be destroyed and made again.
@@ -169,8 +169,8 @@ class ReducerBackend final : public c10d::Backend {
   /// What a part's end does.
   Done ending(const c10::intrusive_ptr<ReducerWork>& work) const;
   WorkPtr enroll(WorkPtr work);
-  /// A message without content to (`out`) or from another rank.
-  WorkPtr signal(int peer, bool out, Milliseconds timeout);
+  /// A byte to (`out`) or from another rank.
+  WorkPtr signal(int peer, bool out, Milliseconds timeout, std::shared_ptr<std::uint8_t> byte);
   WorkPtr launchAllReduce(Call call, const Tensors& tensors, const c10d::ReduceOp& op);
   /// outputs[i] are what the ranks' inputs[i] go to: a list of tensors by rank, or one tensor for
   /// all.
@@ -189,6 +189,7 @@ class ReducerBackend final : public c10d::Backend {
   Milliseconds timeoutOr(Milliseconds asked) const;
   std::shared_ptr<Session> session();
   void leave();
+  bool alive();  ///< not shut down
   bool forked() const;
 
   const collective::GroupConfig config_;
@@ -204,9 +205,9 @@ class ReducerBackend final : public c10d::Backend {
   std::atomic<std::uint64_t> splits_{0};
   const ReducerWork::Shared shared_;
   std::mutex mutex_;
-  std::shared_ptr<Session> session_;   // null after shutdown()
-  std::thread::id coalescing_thread_;  // of startCoalescing(), until endCoalescing()
-  std::vector<WorkPtr> coalesced_;
+  std::shared_ptr<Session> session_;  // null after shutdown()
+  /// From startCoalescing() to endCoalescing(), by thread.
+  std::map<std::thread::id, std::vector<WorkPtr>> coalesced_;
   struct Child {
     std::optional<c10::weak_intrusive_ptr<Backend>> backend;
     std::uint64_t made = 0;  // how often: each instance is a job of its own

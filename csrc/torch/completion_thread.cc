@@ -1,7 +1,9 @@
 #include "torch/completion_thread.h"
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <deque>
 #include <mutex>
 #include <thread>
@@ -33,6 +35,7 @@ struct CompletionThread::Queue {
   std::deque<Task> tasks;
   std::vector<std::thread> threads;
   std::size_t running = 0;  // threads inside a task
+  Clock::time_point last_taken;
   bool stopped = false;
 };
 
@@ -65,7 +68,8 @@ void CompletionThread::run(const std::shared_ptr<Queue>& queue) {
     if (queue->tasks.empty()) return;
     // While one thread is at work the others leave it the queue, unless it is stuck.
     if (queue->running > 0) {
-      const Clock::time_point stuck = queue->tasks.front().posted + kPatience;
+      const Clock::time_point stuck =
+          std::max(queue->tasks.front().posted, queue->last_taken) + kPatience;
       if (Clock::now() < stuck) {
         queue->changed.wait_until(lock, stuck);
         continue;
@@ -74,13 +78,19 @@ void CompletionThread::run(const std::shared_ptr<Queue>& queue) {
     {
       const Queue::Task task = std::move(queue->tasks.front());
       queue->tasks.pop_front();
+      queue->last_taken = Clock::now();
       // One thread always stands by.
       if (++queue->running == queue->threads.size() && !queue->stopped &&
           queue->threads.size() < kThreadsMax) {
         addThread(queue);
       }
       lock.unlock();
-      task.run();
+      try {
+        task.run();
+      } catch (const std::exception& error) {
+        // There is nobody to tell, and the process is not to end for it.
+        std::fprintf(stderr, "reducer: a callback raised: %s\n", error.what());
+      }
     }
     lock.lock();
     --queue->running;

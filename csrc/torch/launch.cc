@@ -24,6 +24,21 @@ std::shared_ptr<Buffers> releasedElsewhere(std::shared_ptr<Buffers> buffers,
           }};
 }
 
+/// For ranks that are out of step: nothing more can work here, and the others learn of it at once.
+void endGroup(collective::Group& group, const std::string& why) {
+  group.abort(why);
+  group.close();
+}
+
+/// Ranks whose calls differ have cut them into different numbers of slices, and so are out of step.
+Done breakingOnMismatch(const std::shared_ptr<collective::Group>& group, Done done) {
+  return [weak = std::weak_ptr(group), done = std::move(done)](const Status& status) {
+    done(status);
+    if (status.code() != Code::kMismatch) return;
+    if (const auto alive = weak.lock()) endGroup(*alive, status.message());
+  };
+}
+
 /// A part in pinned memory, with its share of what is allowed.
 struct Loaded {
   LaunchQueue::Share share;  // the last to go
@@ -108,7 +123,9 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
     Done done = ending(work);
     if (copies != nullptr) {
       const auto loaded = std::make_shared<Loaded>();
-      launch.nbytes = part->nbytes();
+      // A receive may hold its memory until what is queued behind it has gone out: it has no limit.
+      launch.nbytes = call.numbered ? part->nbytes() : 0;
+      launch.deadline = LaunchQueue::Clock::now() + call.timeout;
       launch.prepare = [part, loaded, buffers](LaunchQueue::Share share) {
         std::shared_ptr<c10::Event> fetched;
         loaded->copies = buffers->copies()->load(*part, fetched);
@@ -117,9 +134,14 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
       };
       done = givingBack(loaded, buffers, shared_.launches, std::move(done));
     }
+    options.whole_count = part->whole_count;
+    if (copies != nullptr && part->divisible)
+      done = breakingOnMismatch(session->group, std::move(done));
     launch.start = [session, part, options, start, done](const Status& status) {
-      if (!status.ok()) return done(status);
-      start(*session->group, *part, options, done);
+      if (status.ok()) return start(*session->group, *part, options, done);
+      // The others have taken a number for it, and this rank has not.
+      endGroup(*session->group, status.message());
+      done(status);
     };
     shared_.launches->launch(std::move(launch));
   }
@@ -128,22 +150,22 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
 
 void ReducerBackend::startCoalescing() {
   const std::lock_guard lock(mutex_);
-  TORCH_CHECK(coalescing_thread_ == std::thread::id(), who_,
-              " startCoalescing: calls are being coalesced already");
-  coalescing_thread_ = std::this_thread::get_id();
+  // What an exception in such a block has left behind goes with it.
+  coalesced_[std::this_thread::get_id()].clear();
 }
 
 WorkPtr ReducerBackend::endCoalescing() {
   const std::lock_guard lock(mutex_);
-  TORCH_CHECK(coalescing_thread_ == std::this_thread::get_id(), who_,
+  auto works = coalesced_.extract(std::this_thread::get_id());
+  TORCH_CHECK(!works.empty(), who_,
               " endCoalescing: startCoalescing was not called on this thread");
-  coalescing_thread_ = {};
-  return c10::make_intrusive<CoalescedWork>(rank_, std::exchange(coalesced_, {}));
+  return c10::make_intrusive<CoalescedWork>(rank_, std::move(works.mapped()));
 }
 
 WorkPtr ReducerBackend::enroll(WorkPtr work) {
   const std::lock_guard lock(mutex_);
-  if (coalescing_thread_ == std::this_thread::get_id()) coalesced_.push_back(work);
+  const auto works = coalesced_.find(std::this_thread::get_id());
+  if (works != coalesced_.end()) works->second.push_back(work);
   return work;
 }
 

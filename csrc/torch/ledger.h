@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <cstdio>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -40,7 +41,11 @@ class Ledger : public std::enable_shared_from_this<Ledger> {
       if (!hook) return settle();
     }
     completions_->post([self = shared_from_this(), hook, info = std::move(info)] {
-      (*hook)(info);
+      try {
+        (*hook)(info);
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "reducer: the completion hook raised: %s\n", error.what());
+      }
       const std::lock_guard lock(self->mutex_);
       self->settle();
     });

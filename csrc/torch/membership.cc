@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "torch/backend.h"
@@ -131,6 +132,11 @@ void ReducerBackend::leave() {
 
 void ReducerBackend::shutdown() { leave(); }
 
+bool ReducerBackend::alive() {
+  const std::lock_guard lock(mutex_);
+  return session_ != nullptr;
+}
+
 void ReducerBackend::abort() {
   if (forked()) return;  // what there is to abort is the parent's
   const WithoutGil without_gil;
@@ -194,13 +200,14 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::split(
 }
 
 c10::intrusive_ptr<c10d::Backend> ReducerBackend::shrink(
-    const std::vector<std::int64_t>& excluded, int flags,
+    const std::vector<std::int64_t>& to_exclude, int flags,
     const c10::intrusive_ptr<Options>& options) {
+  const std::set<std::int64_t> excluded(to_exclude.begin(), to_exclude.end());
   constexpr int kShrinkAbort = 1;  // torch.distributed.SHRINK_ABORT
   std::vector<Rank> left;
   std::string without;
   for (Rank rank = 0; rank < size_; ++rank) {
-    if (std::find(excluded.begin(), excluded.end(), rank) == excluded.end()) left.push_back(rank);
+    if (!excluded.contains(rank)) left.push_back(rank);
   }
   for (const std::int64_t rank : excluded) {
     TORCH_CHECK_VALUE(rank >= 0 && rank < size_, who_, " shrink: rank ", rank,
@@ -242,7 +249,8 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::derive(
   Child& child = children_[key];
   // torch splits once for each type of device, and all of them may have this backend.
   if (child.backend) {
-    if (auto same = child.backend->lock()) return same;
+    const auto same = child.backend->lock();
+    if (same && static_cast<ReducerBackend*>(same.get())->alive()) return same;
   }
   config.job = collective::derivedJob(config_.job, key + "#" + std::to_string(child.made++));
   Result<c10::intrusive_ptr<ReducerBackend>> made =

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "common/types.h"
@@ -23,6 +25,8 @@ struct Part {
   std::vector<std::size_t> out_counts;
   /// Every rank knows all counts, so that all can cut the operation in the same way.
   bool divisible = false;
+  /// Of the call, where this is a slice of it: elements that all ranks compare.
+  std::optional<std::size_t> whole_count;
 
   std::size_t longest() const {
     std::size_t most = count;
@@ -94,6 +98,10 @@ inline std::vector<Part> segments(std::vector<Part> parts, std::size_t nbytes_ma
       all.push_back(std::move(part));
       continue;
     }
+    const std::vector<std::size_t>& counts =
+        part.in_counts.empty() ? part.out_counts : part.in_counts;
+    part.whole_count =
+        counts.empty() ? part.count : std::accumulate(counts.begin(), counts.end(), std::size_t{0});
     for (std::size_t first = 0; first < longest; first += length) {
       all.push_back(part.slice(first, length));
     }

@@ -111,7 +111,7 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
   }
   state->all.resize(size_);
 
-  call.timeout = timeoutOr(call.timeout);
+  call.timeout = timeoutOr(call.timeout) + Milliseconds(ephemeral_ms_.exchange(0));
   const auto work = makeWork(call, nullptr, 1);
   CallOptions first;
   first.timeout = call.timeout;
@@ -139,7 +139,11 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
       done(result);
     });
   };
-  const auto move = [session, state, added, size = size_, rank = rank_](CallOptions step) {
+  const auto move = [weak = std::weak_ptr(session), done, state, added, size = size_,
+                     rank = rank_](CallOptions step) {
+    // The transport's threads may let go of this, and must not be the ones that end the session.
+    const std::shared_ptr<Session> alive = weak.lock();
+    if (!alive) return done(Status(Code::kAborted, "the group was destroyed"));
     std::vector<std::size_t> counts;
     std::vector<void*> outs;
     state->mine.resize(bytesOf(*state, state->facts));
@@ -152,8 +156,8 @@ WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::Allreduce
       counts.push_back(bytesOf(*state, state->all[r]));
       outs.push_back(state->parts.emplace_back(counts.back()).data());
     }
-    session->group->allGather(state->mine.data(), outs, counts, DataType::kUInt8, std::move(step),
-                              added);
+    alive->group->allGather(state->mine.data(), outs, counts, DataType::kUInt8, std::move(step),
+                            added);
   };
   LaunchQueue::Launch launch;
   launch.start = [=, completions = shared_.completions](const Status&) {

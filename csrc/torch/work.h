@@ -180,9 +180,13 @@ class ReducerWork final : public c10d::Work {
       }
     }
     if (buffers_ && buffers_->copies()) {
-      const auto event = buffers_->copies()->finished();
-      finished_.store(event);
-      shared_.launches->keep(event, buffers_);
+      try {
+        const auto event = buffers_->copies()->finished();
+        finished_.store(event);
+        shared_.launches->keep(event, buffers_);
+      } catch (...) {
+        if (!failure) failure = std::current_exception();
+      }
     }
     finished_at_ = Clock::now();
 

@@ -296,6 +296,42 @@ def test_a_large_tensor_goes_chunk_by_chunk(accelerator_pair: World) -> None:
         assert figures["overlap"] > 0, "the first result went up only when all of the input had come down"
 
 
+def reduce_different_sizes() -> None:
+    """12 MiB on one rank, 4 on the other: not the first slices alone must agree."""
+    tensor = produce(torch.ones((3 if dist.get_rank() == 0 else 1) << 20))
+    with pytest.raises(dist.DistBackendError, match="ranks made different calls.*3145728 elements.*1048576 elements"):
+        dist.all_reduce(tensor)
+    # They are out of step, and so the group is at its end.
+    with pytest.raises(dist.DistBackendError, match="ranks made different calls"):
+        dist.all_reduce(produce(torch.ones(10)))
+
+
+def test_ranks_with_different_sizes_get_an_error(accelerator_world: World) -> None:
+    try:
+        accelerator_world.call(reduce_different_sizes)
+    finally:
+        accelerator_world.renew()
+
+
+def exchange_large() -> None:
+    """Both ranks receive first: what they have to send must not wait for the memory of what they receive."""
+    received = torch.empty(3 << 20, device=mine())
+    peer = 1 - dist.get_rank()
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.irecv, received, peer),
+            dist.P2POp(dist.isend, produce(torch.full((3 << 20,), float(peer))), peer),
+        ]
+    )
+    for work in works:
+        work.wait()
+    verify([(received, torch.full((3 << 20,), float(dist.get_rank())))])
+
+
+def test_large_tensors_both_ways(accelerator_world: World) -> None:
+    accelerator_world.call(exchange_large)
+
+
 # ---------------------------------------------------------------- what else may be passed
 
 

@@ -294,6 +294,111 @@ def test_unsigned_integers(ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.call(unsigned, dtype)
 
 
+def give_up_receiving() -> None:
+    if dist.get_rank() == 0:
+        given_up = dist.irecv(torch.empty(1), tag=31)
+        backend().abort_work(given_up)
+        with pytest.raises(dist.DistBackendError, match="abort.. of its Work was called on rank 0"):
+            given_up.wait()
+        message = torch.empty(1)
+        work = dist.irecv(message, tag=31)
+        dist.send(torch.ones(1), 1)
+        work.wait()
+        assert message[0] == 7
+        assert work._source_rank() == 1
+    elif dist.get_rank() == 1:
+        dist.recv(torch.ones(1), 0)
+        dist.send(torch.full((1,), 7.0), 0, tag=31)
+
+
+def test_a_receive_that_was_given_up_takes_no_message(ranks: Ranks) -> None:
+    ranks.call(give_up_receiving)
+
+
+def sends_itself_more() -> None:
+    memory = torch.zeros(8)
+    out = memory[:WORLD]
+    mine = [1] * WORLD
+    mine[dist.get_rank()] = 3
+    with pytest.raises(ValueError, match="sends itself 3 elements and expects 1 from itself"):
+        dist.all_to_all_single(out, torch.ones(WORLD + 2), [1] * WORLD, mine)
+    assert not memory.any()
+    with pytest.raises(ValueError, match="sends itself 3 elements and expects 1 from itself"):
+        dist.all_to_all([torch.empty(1)] * WORLD, [torch.ones(size) for size in mine])
+    dist.barrier()
+
+
+def test_all_to_all_compares_what_a_rank_sends_itself(ranks: Ranks) -> None:
+    ranks.call(sends_itself_more)
+
+
+def hook_raises() -> None:
+    pg = dist.new_group()
+
+    def hook(_: Any) -> None:
+        raise RuntimeError("this hook is broken")
+
+    pg._register_on_completion_hook(hook)
+    dist.all_reduce(torch.ones(3), group=pg)
+    pg._wait_for_pending_works()
+    dist.all_reduce(torch.ones(3), group=pg)
+    dist.destroy_process_group(pg)
+
+
+def test_a_hook_that_raises_harms_nobody(ranks: Ranks) -> None:
+    ranks.call(hook_raises)
+
+
+def coalescing_survives() -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+
+    def exchange(tag: int, group: Any = None) -> None:
+        received = torch.empty(1000)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, torch.full((1000,), float(rank)), (rank + 1) % n, group, tag),
+                dist.P2POp(dist.irecv, received, (rank - 1) % n, group, tag),
+            ]
+        )
+        for work in works:
+            work.wait()
+        assert received[0] == (rank - 1) % n
+
+    with pytest.raises(ValueError, match="tag is -1"):
+        exchange(-1)
+    exchange(0)
+    dist.barrier()
+
+
+def test_coalescing_goes_on_after_an_exception(ranks: Ranks) -> None:
+    ranks.call(coalescing_survives)
+
+
+def late_once() -> None:
+    """Rank 1 misses one barrier; those that follow work."""
+    pg = dist.group.WORLD
+    rank = dist.get_rank()
+    short, usual = timedelta(seconds=1), timedelta(seconds=30)
+    if rank == 0:
+        with pytest.raises(dist.DistBackendError, match="Rank 1 failed to pass monitoredBarrier in 1000 ms"):
+            pg.monitored_barrier(short)
+    elif rank == 2:
+        with pytest.raises(dist.DistBackendError, match="Rank 2 successfully reached monitoredBarrier, but"):
+            pg.monitored_barrier(short)
+    dist.barrier()
+    if rank == 1:  # it comes to the barrier that the others gave up
+        with pytest.raises(dist.DistBackendError, match="Rank 1 successfully reached monitoredBarrier, but"):
+            pg.monitored_barrier(short)
+    dist.barrier()
+    for _ in range(3):
+        pg.monitored_barrier(usual)
+        pg.monitored_barrier(usual, wait_all_ranks=True)
+
+
+def test_monitored_barriers_after_a_failed_one(ranks: Ranks) -> None:
+    ranks.call(late_once)
+
+
 def other_bindings() -> None:
     own = backend()
     assert own.uid != 0

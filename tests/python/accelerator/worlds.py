@@ -45,9 +45,14 @@ class World:
         try:
             return self._ranks.call(function, *arguments, timeout_s=HANG_S)
         except BaseException:
+            self.renew()
+            raise
+
+    def renew(self) -> None:
+        """The next call has new ranks: what a test has broken stays behind."""
+        if self._ranks is not None:
             self._ranks.kill()
             self._ranks = None
-            raise
 
     def close(self) -> None:
         if self._ranks is not None:
