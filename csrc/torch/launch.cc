@@ -135,8 +135,7 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
       done = givingBack(loaded, buffers, shared_.launches, std::move(done));
     }
     options.whole_count = part->whole_count;
-    if (copies != nullptr && part->divisible)
-      done = breakingOnMismatch(session->group, std::move(done));
+    if (part->whole_count) done = breakingOnMismatch(session->group, std::move(done));
     launch.start = [session, part, options, start, done](const Status& status) {
       if (status.ok()) return start(*session->group, *part, options, done);
       // The others have taken a number for it, and this rank has not.

@@ -8,6 +8,7 @@ import signal
 import time
 
 import matrix
+import matrix_rows
 import pytest
 import ranks
 from matrix import BEYOND_BACKENDS, FAILS, HEALTH, REFUSED, WORKS, WRONG, Caller, Cell, Matrix, Verdict
@@ -96,6 +97,6 @@ def test_the_reference_knows_the_operations() -> None:
     }
     table |= {"BAND": [0, -4], "BOR": [7, -1], "BXOR": [5, -1]}
     for op, expected in table.items():
-        assert matrix.combined(columns, matrix.DTYPES["int32"], op) == expected, op
+        assert matrix_rows.combined(columns, matrix.DTYPES["int32"], op) == expected, op
     assert set(table) == set(matrix.OPS)
-    assert matrix.combined(columns, matrix.DTYPES["float32"], "BAND") is None
+    assert matrix_rows.combined(columns, matrix.DTYPES["float32"], "BAND") is None
