@@ -93,7 +93,9 @@ class Buffers {
   static at::Tensor staged(const at::Tensor& tensor, const Factor& factor) {
     const at::Tensor source = tensor.detach().resolve_conj().resolve_neg().contiguous();
     if (!factor.defined()) return source;
-    return at::mul(source, factor).to(tensor.scalar_type());
+    // torch does not multiply float8 on the CPU.
+    const bool narrow = c10::isFloat8Type(tensor.scalar_type());
+    return at::mul(narrow ? source.to(at::kFloat) : source, factor).to(tensor.scalar_type());
   }
   const at::Tensor& keep(const at::Tensor& tensor) {
     storages_.push_back(tensor.storage());

@@ -35,7 +35,9 @@ def premultiplied(factor: Any, dtype: torch.dtype) -> None:
     tensor = torch.full((5,), rank + 1, dtype=dtype)
     kept = tensor.clone()
     dist.all_reduce(tensor, op)
-    assert torch.equal(tensor, torch.full((5,), expected, dtype=dtype))
+    assert torch.equal(tensor.to(torch.complex128), torch.full((5,), expected, dtype=dtype).to(torch.complex128))
+    if dtype.itemsize == 1:
+        return  # torch compares no more of float8
     out = torch.empty(2, dtype=dtype)
     source = kept[:1].repeat(2 * n)
     dist.reduce_scatter_tensor(out, source, op)
@@ -46,7 +48,7 @@ def premultiplied(factor: Any, dtype: torch.dtype) -> None:
     assert torch.equal(tensor, torch.full((5,), expected, dtype=dtype) if rank == 1 else kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.float8_e4m3fn])
 def test_premul_sum(ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.call(premultiplied, 0.5, dtype)
     ranks.call(premultiplied, torch.tensor([2.0]), dtype)
