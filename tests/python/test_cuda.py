@@ -1,4 +1,4 @@
-"""Tensors of an NVIDIA GPU; skipped where there is none. What needs care is tested on a fake accelerator, everywhere."""
+"""Tensors of an NVIDIA GPU; skipped where there is none. What needs care is tested everywhere, on a fake device."""
 
 from __future__ import annotations
 
