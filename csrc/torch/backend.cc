@@ -444,10 +444,10 @@ WorkPtr ReducerBackend::send(Tensors& tensors, int to, int tag) {
                 });
 }
 
-WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
-  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout, tensors, tensors};
+WorkPtr ReducerBackend::launchReceive(Call call, const Tensors& tensors, const Start& start) {
   call.numbered = false;
-  call.source = std::make_shared<std::atomic<int>>(from);
+  call.inputs = tensors;
+  call.outputs = tensors;
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   const auto buffers = std::make_shared<Buffers>();
@@ -455,27 +455,28 @@ WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
   part.dtype = check.tensor("tensor", tensor);
   part.count = elements(tensor);
   part.out = buffers->out(tensor);
-  return launch(std::move(call), buffers, {part},
-                [from = check.peer("the source", from), tag = check.tag(tag)](
-                    Group& group, const Part& p, CallOptions o, Done done) {
-                  group.recv(p.out, p.count, p.dtype, from, tag, std::move(o), std::move(done));
-                });
+  return launch(std::move(call), buffers, {part}, start);
+}
+
+WorkPtr ReducerBackend::recv(Tensors& tensors, int from, int tag) {
+  Call call{OpType::RECV, "reducer:recv", c10d::kUnsetTimeout};
+  call.source = std::make_shared<std::atomic<int>>(from);
+  const Arguments check = arguments(call);
+  return launchReceive(std::move(call), tensors,
+                       [from = check.peer("the source", from), tag = check.tag(tag)](
+                           Group& group, const Part& p, CallOptions o, Done done) {
+                         group.recv(p.out, p.count, p.dtype, from, tag, std::move(o),
+                                    std::move(done));
+                       });
 }
 
 WorkPtr ReducerBackend::recvAnysource(Tensors& tensors, int tag) {
-  Call call{OpType::RECVANYSOURCE, "reducer:recvAnySource", c10d::kUnsetTimeout, tensors, tensors};
-  call.numbered = false;
-  const Arguments check = arguments(call);
-  const at::Tensor& tensor = check.single("tensors", tensors);
-  const auto buffers = std::make_shared<Buffers>();
-  Part part;
-  part.dtype = check.tensor("tensor", tensor);
-  part.count = elements(tensor);
-  part.out = buffers->out(tensor);
+  Call call{OpType::RECVANYSOURCE, "reducer:recvAnySource", c10d::kUnsetTimeout};
   const auto sender = std::make_shared<std::atomic<int>>(-1);
   call.source = sender;
-  return launch(
-      std::move(call), buffers, {part},
+  const Arguments check = arguments(call);
+  return launchReceive(
+      std::move(call), tensors,
       [sender, tag = check.tag(tag)](Group& group, const Part& p, CallOptions o, Done done) {
         group.recvAny(p.out, p.count, p.dtype, tag, std::move(o),
                       [sender, done = std::move(done)](const Status& status, Rank from) {

@@ -164,6 +164,8 @@ class ReducerBackend final : public c10d::Backend {
   /// Starts every part of a call, whose memory is in `buffers`, and returns its Work.
   WorkPtr launch(Call call, std::shared_ptr<Buffers> buffers, std::vector<Part> parts,
                  const Start& start);
+  /// `start` takes the part's `out`.
+  WorkPtr launchReceive(Call call, const Tensors& tensors, const Start& start);
   c10::intrusive_ptr<ReducerWork> makeWork(const Call& call, std::shared_ptr<Buffers> buffers,
                                            std::size_t parts);
   /// What a part's end does.

@@ -22,6 +22,15 @@ constexpr auto kPatience = std::chrono::milliseconds(2);
 // Callbacks that wait for each other's Futures, one within the other.
 constexpr std::size_t kThreadsMax = 64;
 
+// What a callback raises has nobody to be told to, and must not end the process.
+void runGuarded(const std::function<void()>& task) {
+  try {
+    task();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "reducer: a callback raised: %s\n", error.what());
+  }
+}
+
 }  // namespace
 
 // Shared with the threads, which may outlive the owner when stop() is called from a task.
@@ -58,7 +67,7 @@ void CompletionThread::post(std::function<void()> task) {
       return;
     }
   }
-  task();
+  runGuarded(task);
 }
 
 void CompletionThread::run(const std::shared_ptr<Queue>& queue) {
@@ -85,12 +94,7 @@ void CompletionThread::run(const std::shared_ptr<Queue>& queue) {
         addThread(queue);
       }
       lock.unlock();
-      try {
-        task.run();
-      } catch (const std::exception& error) {
-        // There is nobody to tell, and the process is not to end for it.
-        std::fprintf(stderr, "reducer: a callback raised: %s\n", error.what());
-      }
+      runGuarded(task.run);
     }
     lock.lock();
     --queue->running;

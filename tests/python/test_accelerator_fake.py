@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import accelerator
 import pytest
 import torch
+from accelerator.worlds import stays_busy
 from ranks import RankFailure, Ranks
 
 COUNT = 1000
@@ -31,16 +32,6 @@ def numbers(device: str = "cpu") -> torch.Tensor:
 
 def is_poison(tensor: torch.Tensor) -> bool:
     return bool(tensor.cpu().isnan().all())
-
-
-def stays_busy(stream: torch.Stream) -> bool:
-    """Whether it still is when what could run has run."""
-    end = time.monotonic() + 0.05
-    while time.monotonic() < end:
-        if stream.query():
-            return False
-        time.sleep(0.001)
-    return True
 
 
 def check_launches_return_at_once() -> None:
