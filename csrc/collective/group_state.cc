@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <limits>
 
 #include "collective/ring.h"
@@ -224,15 +223,13 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
     const std::lock_guard lock(mutex_);
     status = broken_;
     if (status.ok() && (from == kAllRanks || receives_.waiting(tag))) {
-      char waited[32];
-      std::snprintf(waited, sizeof waited, "%.1f s",
-                    std::chrono::duration<double>(timeout).count());
       const std::string whom =
           from == kAllRanks ? "any rank" : "rank " + std::to_string(from) + " (behind another)";
       const std::string late = engine::describe(call) + " from " + whom + ", tag " +
                                std::to_string(tag) + ", in group '" + config_.name +
-                               "': timeout after " + waited + ", nothing was sent; here is rank " +
-                               std::to_string(config_.rank) + " (" + config_.host + ")";
+                               "': timeout after " + engine::seconds(timeout) +
+                               ", nothing was sent; here is rank " + std::to_string(config_.rank) +
+                               " (" + config_.host + ")";
       Receives::Request request;
       request.from = from;
       request.deadline = transport_.now() + timeout;
@@ -339,14 +336,12 @@ void GroupState::abort(const Status& reason) {
 }
 
 std::string GroupState::describeWait(const Operation& operation, TimePoint now) {
-  char waited[32];
-  std::snprintf(waited, sizeof waited, "%.1f s",
-                std::chrono::duration<double>(now - operation.info().started).count());
   std::string text = engine::describe(operation.info().call) + ", collective #" +
                      std::to_string(wire::isStepLane(operation.info().lane)
                                         ? wire::stepNumber(operation.info().lane)
                                         : operation.info().seq) +
-                     ": timeout after " + waited + ", no answer";
+                     ": timeout after " + engine::seconds(now - operation.info().started) +
+                     ", no answer";
   std::string from;
   for (const auto& link : links_) {
     const std::size_t pieces = link->waiting(operation);

@@ -39,19 +39,19 @@ std::pair<std::uint64_t, std::uint64_t> operationOf(const wire::SlotId& id) {
   return {wire::operationLane(id.lane), id.seq};
 }
 
-std::string seconds(Duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f s",
-                std::chrono::duration_cast<std::chrono::duration<double>>(duration).count());
-  return text;
-}
-
 }  // namespace
 
 std::size_t Engine::SlotHash::operator()(const wire::SlotId& id) const noexcept {
   std::uint64_t h = id.seq * 0x9E3779B97F4A7C15ULL ^ id.lane * 0xC2B2AE3D27D4EB4FULL;
   h ^= (h >> 29) + id.chunk * 0x165667B19E3779F9ULL;
   return h ^ (h >> 32);
+}
+
+std::string seconds(Duration duration) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s",
+                std::chrono::duration_cast<std::chrono::duration<double>>(duration).count());
+  return text;
 }
 
 std::string describe(const wire::Call& call) {

@@ -73,6 +73,9 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
 /// Sums the contributions in rank order (kernels::reduce) and completes the replies.
 std::vector<Outgoing> settle(Ready ready, BufferPool& pool);
 
+/// "2.5 s".
+std::string seconds(Duration duration);
+
 /// "all_reduce(sum, float32, 1000 elements)".
 std::string describe(const wire::Call& call);
 
