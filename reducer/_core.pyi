@@ -21,8 +21,14 @@ def parse_servers(text: str) -> list[str]:
 def parse_algorithm(text: str) -> str:
     """The algorithm's name as it is written everywhere. ValueError lists them."""
 
+def parse_transport(text: str) -> str:
+    """The transport's name as it is written everywhere. ValueError lists them."""
+
 def host_label() -> str:
     """ "hostname:pid" of this process."""
+
+def host_identity() -> str:
+    """Equal for processes that can share memory: one machine, network namespace and user."""
 
 def choose_bind_host(interface: str, peer_host: str) -> str:
     """The address of an interface (a name or an address), or if empty, that of the route to `peer_host`.

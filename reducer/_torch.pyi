@@ -7,7 +7,7 @@ from torch._C._distributed_c10d import Backend, Work
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
 
-    def __init__(self, bind_host: str, congestion_control: str) -> None:
+    def __init__(self, bind_host: str, congestion_control: str, transport: str) -> None:
         """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
 
     @property
@@ -39,7 +39,9 @@ class ReducerBackend(Backend):
         world_size: int,
         workers: list[str],
         servers: list[str],
+        places: list[str],
         algorithm: str,
+        transport: str,
         chunk_bytes: int,
         window_bytes: int,
         checksum: bool,
@@ -47,7 +49,8 @@ class ReducerBackend(Backend):
         timeout: timedelta,
         global_ranks: list[int],
     ) -> None:
-        """`job`: 16 bytes, equal on all ranks and new for each instance; `workers`: addresses by rank. ValueError."""
+        """`job`: 16 bytes, equal on all ranks and new for each instance; `workers`: addresses by rank; `places`: equal
+        texts are ranks that share a host. ValueError."""
 
     @property
     def options(self) -> BackendOptions: ...

@@ -110,7 +110,11 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         settings = resolve(backend_options)
         _set_log_level(settings.log)
         native = load_native()
-        runtime = native.Runtime(bind_host=_bind_host(place, settings), congestion_control=settings.congestion_control)
+        runtime = native.Runtime(
+            bind_host=_bind_host(place, settings),
+            congestion_control=settings.congestion_control,
+            transport=settings.transport,
+        )
     except errors.ReducerError as error:
         _publish_failure(place, error)
         raise type(error)(place.says(str(error))) from None
@@ -127,7 +131,9 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         world_size=place.world_size,
         workers=verdict["workers"],
         servers=verdict["servers"],
+        places=verdict["places"],
         algorithm=settings.algorithm,
+        transport=settings.transport,
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
@@ -172,6 +178,7 @@ def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
     entry = {
         "address": address,
         "host": place.host,
+        "place": _core.host_identity(),
         "settings": shared,
         "chosen": bool(settings.interface),
     }
@@ -275,6 +282,7 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         "job": secrets.token_hex(16),
         "workers": [entries[rank]["address"] for rank in range(place.world_size)],
         "servers": servers,
+        "places": [entries[rank]["place"] for rank in range(place.world_size)],
     }
     _publish_verdict(place, verdict)
     return verdict

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from reducer import _core
 from reducer.errors import InvalidArgumentError
 
-TRANSPORTS = ("auto", "grpc")
 LOG_LEVELS = ("off", "error", "warning", "info", "debug")
 _SWITCHES = {"1": True, "true": True, "on": True, "yes": True}
 _SWITCHES |= {"0": False, "false": False, "off": False, "no": False}
@@ -30,7 +29,9 @@ class Options:
             counts as
         several. Default: none.
     algorithm: "auto", "direct", "server", "mixed" or "ring". Default: "auto" ("mixed" with servers, else "direct").
-    transport: "auto" or "grpc". Default: "auto".
+    transport: "auto" (shared memory within a host, between processes the faster of TCP and gRPC that both have),
+        "grpc", "tcp", or
+        "shm" (as "auto", but an error where ranks of a host cannot share memory). Default: "auto".
     chunk_bytes: the largest chunk, 4096 or "4KiB" to "16MiB". Default: chosen from the number of owners.
     window_bytes: the most bytes that a worker has under way, 2097152 or "2MiB". Default: chosen by the library.
     interface: name or address of the interface on which other workers reach this one. Default: the one with the
@@ -135,6 +136,10 @@ def _read_algorithm(value: Any) -> str:
     return _core.parse_algorithm(str(value))
 
 
+def _read_transport(value: Any) -> str:
+    return _core.parse_transport(str(value))
+
+
 def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         text = str(value).strip().lower()
@@ -154,7 +159,7 @@ def _read_text(value: Any) -> str:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "servers": _read_servers,
     "algorithm": _read_algorithm,
-    "transport": _one_of(TRANSPORTS),
+    "transport": _read_transport,
     "chunk_bytes": _read_chunk,
     "window_bytes": _read_size,
     "interface": _read_text,

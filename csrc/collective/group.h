@@ -32,6 +32,8 @@ struct GroupConfig {
   std::vector<std::string>
       servers;  ///< addresses of the standalone reducers, equal and in equal order on all ranks
   std::string host;  ///< "hostname:pid" of this rank, for messages
+  /// By rank: equal texts are ranks that share a host. Empty: every rank has a host of its own.
+  std::vector<std::string> places;
   Settings settings;
 };
 

@@ -18,6 +18,13 @@ constexpr std::array<std::pair<std::string_view, Algorithm>, 5> kAlgorithms{{
     {"ring", Algorithm::kRing},
 }};
 
+constexpr std::array<std::pair<std::string_view, Carrier>, 4> kCarriers{{
+    {"auto", Carrier::kAuto},
+    {"grpc", Carrier::kGrpc},
+    {"tcp", Carrier::kTcp},
+    {"shm", Carrier::kShm},
+}};
+
 constexpr std::array<std::pair<std::string_view, std::uint64_t>, 15> kUnits{{
     {"", 1},
     {"b", 1},
@@ -53,6 +60,27 @@ std::string lower(std::string_view text) {
 
 Status wrong(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
 
+template <class Names, class Value>
+std::string_view nameIn(const Names& names, Value wanted) noexcept {
+  for (const auto& [name, value] : names) {
+    if (value == wanted) return name;
+  }
+  return "?";
+}
+
+/// `what`: "algorithm".
+template <class Names>
+auto valueIn(const Names& names, std::string_view text, const char* what)
+    -> Result<std::decay_t<decltype(names[0].second)>> {
+  const std::string wanted = lower(trim(text));
+  std::string known;
+  for (const auto& [name, value] : names) {
+    if (name == wanted) return value;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  return wrong("'" + std::string(text) + "' is no " + what + "; there are " + known);
+}
+
 Status checkAddress(std::string_view item) {
   const std::string quoted = "'" + std::string(item) + "'";
   if (item.find_first_of(" \t/@;") != std::string_view::npos) {
@@ -80,21 +108,16 @@ Status checkAddress(std::string_view item) {
 
 }  // namespace
 
-std::string_view nameOf(Algorithm algorithm) noexcept {
-  for (const auto& [name, value] : kAlgorithms) {
-    if (value == algorithm) return name;
-  }
-  return "?";
-}
+std::string_view nameOf(Algorithm algorithm) noexcept { return nameIn(kAlgorithms, algorithm); }
 
 Result<Algorithm> parseAlgorithm(std::string_view text) {
-  const std::string wanted = lower(trim(text));
-  std::string known;
-  for (const auto& [name, value] : kAlgorithms) {
-    if (name == wanted) return value;
-    known += (known.empty() ? "" : ", ") + std::string(name);
-  }
-  return wrong("'" + std::string(text) + "' is no algorithm; there are " + known);
+  return valueIn(kAlgorithms, text, "algorithm");
+}
+
+std::string_view nameOf(Carrier carrier) noexcept { return nameIn(kCarriers, carrier); }
+
+Result<Carrier> parseCarrier(std::string_view text) {
+  return valueIn(kCarriers, text, "transport");
 }
 
 Result<std::size_t> parseSize(std::string_view text) {

@@ -16,6 +16,14 @@ enum class Algorithm { kAuto, kDirect, kServer, kMixed, kRing };
 std::string_view nameOf(Algorithm algorithm) noexcept;
 Result<Algorithm> parseAlgorithm(std::string_view text);
 
+/// What bytes may travel by. kAuto: shared memory within a host, between processes the faster of
+/// TCP and gRPC that both ends have. kGrpc: gRPC for everything. kTcp: TCP between processes, no
+/// shared memory. kShm: as kAuto, but ranks of one host that cannot share memory are an error.
+enum class Carrier { kAuto, kGrpc, kTcp, kShm };
+
+std::string_view nameOf(Carrier carrier) noexcept;
+Result<Carrier> parseCarrier(std::string_view text);
+
 /// "4MiB", "64KiB", "1GB", "4096" -> bytes (KiB = 1024, KB = 1000; case does not matter).
 Result<std::size_t> parseSize(std::string_view text);
 
@@ -25,6 +33,7 @@ Result<std::vector<std::string>> parseServers(std::string_view text);
 
 struct Settings {
   Algorithm algorithm = Algorithm::kAuto;
+  Carrier carrier = Carrier::kAuto;
   std::size_t chunk_bytes = 0;  ///< largest chunk; 0: chosen from the number of owners
   std::size_t window_bytes =
       0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default

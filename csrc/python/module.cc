@@ -175,7 +175,15 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("text"));
 
+  m.def(
+      "parse_transport",
+      [](const std::string& text) {
+        return std::string(collective::nameOf(valueOf(collective::parseCarrier(text))));
+      },
+      py::arg("text"));
+
   m.def("host_label", &runtime::hostLabel);
+  m.def("host_identity", &runtime::hostIdentity);
   m.def(
       "choose_bind_host",
       [](const std::string& interface, const std::string& peer_host) {

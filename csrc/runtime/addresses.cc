@@ -3,10 +3,12 @@
 #include <net/if.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <fstream>
 #include <memory>
 
 #include "runtime/runtime.h"
@@ -56,6 +58,17 @@ std::string hostLabel() {
   std::array<char, 256> name{};
   gethostname(name.data(), name.size() - 1);
   return std::string(name.data()) + ":" + std::to_string(getpid());
+}
+
+std::string hostIdentity() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  struct stat network {};
+  if (boot.empty() || stat("/proc/self/ns/net", &network) != 0) {
+    // Nothing to tell hosts apart by: this process shares with nobody.
+    return hostLabel();
+  }
+  return boot + "/net:" + std::to_string(network.st_ino) + "/uid:" + std::to_string(geteuid());
 }
 
 Result<std::string> chooseBindHost(const std::string& name_or_address,

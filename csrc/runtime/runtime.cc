@@ -19,6 +19,11 @@ struct Shared {
   pid_t owner = 0;
 };
 
+/// What a carrier means between processes: shared memory is a matter of each group.
+collective::Carrier networkOf(collective::Carrier carrier) {
+  return carrier == collective::Carrier::kShm ? collective::Carrier::kAuto : carrier;
+}
+
 Shared& shared() {
   static auto* const instance = new Shared;  // outlives every static destructor
   return *instance;
@@ -48,6 +53,13 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
                         s.options.congestion_control +
                         "' already; REDUCER_CONGESTION_CONTROL cannot ask for '" +
                         options.congestion_control + "' in the same process");
+    }
+    if (networkOf(s.options.carrier) != networkOf(options.carrier)) {
+      return Status(Code::kInvalidArgument, "this process' groups use the transport '" +
+                                                std::string(collective::nameOf(s.options.carrier)) +
+                                                "' already; REDUCER_TRANSPORT cannot ask for '" +
+                                                std::string(collective::nameOf(options.carrier)) +
+                                                "' in the same process");
     }
     return runtime;
   }

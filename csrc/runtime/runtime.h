@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "collective/settings.h"
 #include "common/status.h"
 #include "server/server.h"
 #include "transport/transport.h"
@@ -17,6 +18,7 @@ struct RuntimeOptions {
   std::string bind_host = "127.0.0.1";      ///< address on which other workers reach this process
   int threads = 1;                          ///< completion-queue threads
   std::string congestion_control = "auto";  ///< as in transport::GrpcOptions
+  collective::Carrier carrier = collective::Carrier::kAuto;
 };
 
 /// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).
@@ -41,6 +43,10 @@ class Runtime {
 
 /// "hostname:pid" of this process.
 std::string hostLabel();
+
+/// Equal for processes that can share memory: this start of this machine, its network namespace (in
+/// which they meet) and the user. A text without meaning beyond that.
+std::string hostIdentity();
 
 /// The address of the interface `name_or_address`, or, when empty, that of the route to `peer_host`
 /// (a loopback peer gives 127.0.0.1). kInvalidArgument lists the interfaces that exist.

@@ -20,11 +20,19 @@ namespace {
   throw py::error_already_set();
 }
 
+collective::Carrier carrierOf(const std::string& name) {
+  Result<collective::Carrier> parsed = collective::parseCarrier(name);
+  if (!parsed.ok()) raise(parsed.status(), "REDUCER_TRANSPORT: ");
+  return parsed.value();
+}
+
 /// A hold on the process' runtime that Python may drop: the threads are joined without the GIL.
 class RuntimeHold {
  public:
-  RuntimeHold(const std::string& bind_host, const std::string& congestion_control) {
+  RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
+              const std::string& transport) {
     runtime::RuntimeOptions options;
+    options.carrier = carrierOf(transport);
     options.bind_host = bind_host;
     options.congestion_control = congestion_control;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
@@ -51,8 +59,9 @@ class RuntimeHold {
 c10::intrusive_ptr<ReducerBackend> makeBackend(
     const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
     int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
-    const std::string& algorithm, std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
-    Milliseconds connect_timeout, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
+    std::vector<std::string> places, const std::string& algorithm, const std::string& transport,
+    std::size_t chunk_bytes, std::size_t window_bytes, bool checksum, Milliseconds connect_timeout,
+    Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -64,6 +73,8 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   Result<collective::Algorithm> parsed = collective::parseAlgorithm(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.algorithm = parsed.value();
+  config.places = std::move(places);
+  config.settings.carrier = carrierOf(transport);
   config.settings.chunk_bytes = chunk_bytes;
   config.settings.window_bytes = window_bytes;
   config.settings.checksum = checksum;
@@ -109,8 +120,8 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&, const std::string&>(), py::arg("bind_host"),
-           py::arg("congestion_control"))
+      .def(py::init<const std::string&, const std::string&, const std::string&>(),
+           py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"))
       .def_property_readonly("address", &RuntimeHold::address);
 
   const auto copied = [](const ReducerOptions& options) {
@@ -143,9 +154,9 @@ PYBIND11_MODULE(_torch, m) {
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
-           py::arg("servers"), py::arg("algorithm"), py::arg("chunk_bytes"),
-           py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
-           py::arg("timeout"), py::arg("global_ranks"))
+           py::arg("servers"), py::arg("places"), py::arg("algorithm"), py::arg("transport"),
+           py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"),
+           py::arg("connect_timeout"), py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly("algorithm",
                              [](ReducerBackend& backend) {

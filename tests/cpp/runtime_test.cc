@@ -12,6 +12,11 @@
 namespace reducer::runtime {
 namespace {
 
+TEST(Runtime, HostIdentityIsThatOfTheNamespace) {
+  EXPECT_EQ(hostIdentity(), hostIdentity());
+  EXPECT_NE(hostIdentity().find("/net:"), std::string::npos);
+}
+
 TEST(Addresses, LoopbackPeersAreReachedOverLoopback) {
   EXPECT_EQ(chooseBindHost("", "127.0.0.1").value(), "127.0.0.1");
   EXPECT_EQ(chooseBindHost("lo", "").value(), "127.0.0.1");

@@ -5,6 +5,14 @@
 namespace reducer::collective {
 namespace {
 
+TEST(Settings, TransportsByName) {
+  EXPECT_EQ(parseCarrier(" TCP ").value(), Carrier::kTcp);
+  EXPECT_EQ(nameOf(Carrier::kShm), "shm");
+  Result<Carrier> unknown = parseCarrier("pigeon");
+  ASSERT_FALSE(unknown.ok());
+  EXPECT_EQ(unknown.status().message(), "'pigeon' is no transport; there are auto, grpc, tcp, shm");
+}
+
 TEST(ParseSize, KnowsBinaryAndDecimalUnits) {
   EXPECT_EQ(parseSize("4096").value(), 4096u);
   EXPECT_EQ(parseSize("64KiB").value(), 65536u);

@@ -225,7 +225,10 @@ MALFORMED: dict[str, tuple[dict[str, str], str]] = {
     "algorithm": ({"REDUCER_ALGORITHM": "tree"}, "REDUCER_ALGORITHM: 'tree' is no algorithm; there are auto, direct"),
     "size": ({"REDUCER_CHUNK_BYTES": "4 potatoes"}, "REDUCER_CHUNK_BYTES: '4 potatoes' is no size"),
     "chunk too small": ({"REDUCER_CHUNK_BYTES": "100"}, "REDUCER_CHUNK_BYTES: 100 is outside of 4KiB to 16MiB"),
-    "transport": ({"REDUCER_TRANSPORT": "pigeon"}, "REDUCER_TRANSPORT: 'pigeon' is not among auto, grpc"),
+    "transport": (
+        {"REDUCER_TRANSPORT": "pigeon"},
+        "REDUCER_TRANSPORT: 'pigeon' is no transport; there are auto, grpc, tcp, shm",
+    ),
     "seconds": ({"REDUCER_CONNECT_TIMEOUT": "soon"}, "REDUCER_CONNECT_TIMEOUT: 'soon' is no number of seconds"),
     "switch": ({"REDUCER_CHECKSUM": "perhaps"}, "REDUCER_CHECKSUM: 'perhaps' is neither on nor off"),
     "log": ({"REDUCER_LOG": "loud"}, "REDUCER_LOG: 'loud' is not among"),
