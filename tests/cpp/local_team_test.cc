@@ -94,12 +94,14 @@ TEST(Team, ARefusalIsEverybodys) {
     const std::string name = uniqueName();
     Children children(3, [&](std::uint32_t r) {
       Team team(teamConfig(name, 3, r));
-      if (r == poor) {
-        // The socket still fits; the memory's descriptor does not.
+      if (r == poor && r == 0) {  // no memory
+        std::signal(SIGXFSZ, SIG_IGN);
+        const rlimit limit{4096, 4096};
+        setrlimit(RLIMIT_FSIZE, &limit);
+      } else if (r == poor) {  // the socket still fits, the memory's descriptor does not
         const int lowest = dup(0);
         ::close(lowest);
-        const auto most = static_cast<rlim_t>(lowest + (r == 0 ? 0 : 1));
-        const rlimit limit{most, most};
+        const rlimit limit{static_cast<rlim_t>(lowest) + 1, static_cast<rlim_t>(lowest) + 1};
         setrlimit(RLIMIT_NOFILE, &limit);
       }
       TestWatch watch(20s);
