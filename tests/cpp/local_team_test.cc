@@ -95,7 +95,7 @@ TEST(Team, ARefusalIsEverybodys) {
     Children children(3, [&](std::uint32_t r) {
       Team team(teamConfig(name, 3, r));
       if (r == poor && r == 0) {  // no memory
-        std::signal(SIGXFSZ, SIG_IGN);
+        ::signal(SIGXFSZ, SIG_IGN);
         const rlimit limit{4096, 4096};
         setrlimit(RLIMIT_FSIZE, &limit);
       } else if (r == poor) {  // the socket still fits, the memory's descriptor does not
