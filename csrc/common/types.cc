@@ -141,4 +141,9 @@ bool supports(ReduceOp op, DataType dtype) noexcept {
   }
 }
 
+ReduceOp partially(ReduceOp op, DataType dtype) noexcept {
+  if (op != ReduceOp::kAvg) return op;
+  return dtype == DataType::kBool ? ReduceOp::kBitAnd : ReduceOp::kSum;
+}
+
 }  // namespace reducer

@@ -14,6 +14,12 @@ using Rank = std::int32_t;
 /// Stands for "every rank of the group" where a rank is asked for.
 inline constexpr Rank kAllRanks = -1;
 
+/// Stands for "on every host the rank that carries share `share`" (Placement::carrier) where a rank
+/// is asked for: the ranks of a rail.
+constexpr Rank rail(Rank share) { return -2 - share; }
+constexpr bool isRail(Rank rank) { return rank < kAllRanks; }
+constexpr Rank shareOf(Rank rail) { return -2 - rail; }
+
 /// Element types. The numbers are on the wire: append, never renumber.
 enum class DataType : std::uint8_t {
   kFloat32 = 1,
@@ -78,5 +84,9 @@ std::string_view nameOf(Collective collective) noexcept;
 /// True if `op` has a meaning on `dtype`: bitwise operations want integers or bool; min and max
 /// have none on complex numbers. kNone goes with every type.
 bool supports(ReduceOp op, DataType dtype) noexcept;
+
+/// What is done with a part of the inputs, where kAvg divides once at the end: a sum (of bool: the
+/// mean is "and", which needs no division).
+ReduceOp partially(ReduceOp op, DataType dtype) noexcept;
 
 }  // namespace reducer

@@ -27,13 +27,8 @@ bool sameShape(const wire::Frame& a, const wire::Frame& b) {
          a.length == b.length && a.epoch == b.epoch;
 }
 
-bool isPusher(const wire::Frame& frame, Rank rank) {
-  return frame.pusher == kAllRanks || frame.pusher == rank;
-}
-
-bool isPuller(const wire::Frame& frame, Rank rank) {
-  return frame.puller == kAllRanks || frame.puller == rank;
-}
+/// One rank pushes: its bytes are handed on as they are.
+bool hasOnePusher(const wire::Frame& frame) { return frame.pusher >= 0; }
 
 std::pair<std::uint64_t, std::uint64_t> operationOf(const wire::SlotId& id) {
   return {wire::operationLane(id.lane), id.seq};
@@ -126,7 +121,7 @@ std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint
   for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
     if (slot.arrived[rank]) {
       here.push_back(rank);
-    } else if (takesPart(slot, rank)) {
+    } else if (takesPart(group, slot, rank)) {
       missing.push_back(rank);
     }
   }
@@ -142,6 +137,9 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
   if (!group) {
     group = std::make_unique<Group>();
     group->name = hello.group;
+    group->placement = hello.hosts.empty()
+                           ? std::make_shared<const Placement>(static_cast<Rank>(hello.world_size))
+                           : std::make_shared<const Placement>(hello.hosts);
     group->members.resize(hello.world_size);
   }
   REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
@@ -191,7 +189,7 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
 bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
   for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
     const Member& member = group.members[rank];
-    if (!member.gone || slot.arrived[rank] || !takesPart(slot, rank)) continue;
+    if (!member.gone || slot.arrived[rank] || !takesPart(group, slot, rank)) continue;
     fail(group, slot.head, Code::kUnavailable,
          nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": " +
              nameRank(group, rank) + " " + member.gone_text + " before it joined in",
@@ -203,8 +201,14 @@ bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
 
 // ------------------------------------------------------------------ slots
 
-bool Engine::takesPart(const Slot& slot, Rank rank) {
-  return isPusher(slot.head, rank) || isPuller(slot.head, rank);
+/// `ranks`: a frame's pusher or puller.
+bool Engine::isAmong(const Group& group, Rank ranks, Rank rank) {
+  if (isRail(ranks)) return group.placement->carries(rank, shareOf(ranks));
+  return ranks == kAllRanks || ranks == rank;
+}
+
+bool Engine::takesPart(const Group& group, const Slot& slot, Rank rank) {
+  return isAmong(group, slot.head.pusher, rank) || isAmong(group, slot.head.puller, rank);
 }
 
 std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame,
@@ -217,7 +221,10 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
     spare_.pop_back();
   }
   slot->head = frame;
-  slot->contributions.resize(frame.pusher == kAllRanks ? group.members.size() : 1);
+  const std::size_t pushers = isRail(frame.pusher)
+                                  ? static_cast<std::size_t>(group.placement->hosts())
+                                  : group.members.size();
+  slot->contributions.resize(hasOnePusher(frame) ? 1 : pushers);
   slot->arrived.assign(group.members.size(), 0);
   slot->mismatch = false;
   slot->since = now;
@@ -248,10 +255,17 @@ Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame
     return broken("pusher " + std::to_string(frame.pusher) + " or puller " +
                   std::to_string(frame.puller) + " is not in a group of " + std::to_string(world));
   }
-  if (!isPusher(frame, rank) && !isPuller(frame, rank)) {
+  for (const Rank ranks : {frame.pusher, frame.puller}) {
+    if (!isRail(ranks) || shareOf(ranks) < group.placement->widest()) continue;
+    return broken("share " + std::to_string(shareOf(ranks)) +
+                  " of a rail, in a group that has at most " +
+                  std::to_string(group.placement->widest()) + " ranks on one host");
+  }
+  const bool pushes = isAmong(group, frame.pusher, rank);
+  if (!pushes && !isAmong(group, frame.puller, rank)) {
     return broken("rank " + std::to_string(rank) + " takes no part in the slot that it pushed");
   }
-  const std::size_t expected = isPusher(frame, rank) ? frame.length : 0;
+  const std::size_t expected = pushes ? frame.length : 0;
   if (payload.nbytes() != expected) {
     return broken("a push of " + std::to_string(frame.length) + " bytes came with " +
                   std::to_string(payload.nbytes()));
@@ -261,7 +275,7 @@ Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame
     return broken("a chunk of " + std::to_string(frame.length) + " bytes is not possible with " +
                   std::string(nameOf(frame.call.dtype)));
   }
-  if (frame.pusher == kAllRanks && frame.length > 0 &&
+  if (!hasOnePusher(frame) && frame.length > 0 &&
       (frame.call.op == ReduceOp::kNone || !supports(frame.call.op, frame.call.dtype))) {
     return broken(std::string(nameOf(frame.call.op)) + " has no meaning on " +
                   std::string(nameOf(frame.call.dtype)));
@@ -315,34 +329,41 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   slot.arrived[rank] = 1;
   slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
   if (slot.mismatch) {
-    const std::size_t all = wire::isEverybodys(frame.slot.lane) ? group.members.size() : 2;
+    // Of a rail only carriers come, too few to say who called what: that is said at the slot where
+    // all ranks show their calls. This one speaks up only if none of the others does.
+    const bool all_come =
+        wire::isEverybodys(frame.slot.lane) || isRail(slot.head.pusher) || isRail(slot.head.puller);
+    const std::size_t all = all_come ? group.members.size() : 2;
     if (slot.arrivals.size() >= all) {
       fail(group, slot.head, Code::kMismatch, describeMismatch(group, slot), actions);
     }
     return;
   }
-  if (isPusher(slot.head, rank)) {
+  if (isAmong(group, slot.head.pusher, rank)) {
     slot.head.has_checksum |= frame.has_checksum;
     counters_.held_bytes += payload.nbytes();
-    slot.contributions[slot.head.pusher == kAllRanks ? rank : 0] = std::move(payload);
+    std::size_t place = 0;
+    if (isRail(slot.head.pusher)) place = group.placement->hostOf(rank);
+    if (slot.head.pusher == kAllRanks) place = rank;
+    slot.contributions[place] = std::move(payload);
   }
   // Nobody is answered before all are there: as long as one rank may still show another call, no
   // result may leave, or some ranks would have it and others an error.
   std::size_t participants = 0;
   for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) {
-    participants += takesPart(slot, r) ? 1 : 0;
+    participants += takesPart(group, slot, r) ? 1 : 0;
   }
   if (slot.arrivals.size() < participants) {
     failIfHopeless(group, slot, actions);
     return;
   }
-  finish(slot, actions);
+  finish(group, slot, actions);
   const auto node = group.slots.find(slot.head.slot);
   drop(std::move(node->second));
   group.slots.erase(node);
 }
 
-void Engine::finish(Slot& slot, Actions& actions) {
+void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
   ++counters_.slots_done;
   Ready ready;
   ready.replies.reserve(slot.arrivals.size());
@@ -350,33 +371,38 @@ void Engine::finish(Slot& slot, Actions& actions) {
   // the others' answers must have been handed on by then.
   for (const bool in_process : {false, true}) {
     for (const Arrival& arrival : slot.arrivals) {
-      if (arrival.peer->in_process == in_process) answer(slot, arrival, ready.replies);
+      if (arrival.peer->in_process == in_process) answer(group, slot, arrival, ready.replies);
     }
   }
-  if (slot.head.pusher != kAllRanks) {
+  if (hasOnePusher(slot.head)) {
     for (Outgoing& reply : ready.replies) actions.sends.push_back(std::move(reply));
     return;
   }
   ready.call = slot.head.call;
   ready.nbytes = slot.head.length;
   ready.checksum = slot.head.has_checksum;
+  ready.world_size = group.placement->worldSize();
+  if (slot.head.pusher == kAllRanks && group.placement->levels()) ready.by_host = group.placement;
   for (const Payload& held : slot.contributions) counters_.held_bytes -= held.nbytes();
   ready.contributions = std::move(slot.contributions);
   slot.contributions.clear();
   actions.ready.push_back(std::move(ready));
 }
 
-void Engine::answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies) {
+void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival,
+                    std::vector<Outgoing>& replies) {
   Outgoing out;
   out.to = arrival.peer;
   out.frame.kind = wire::FrameKind::kResult;
   out.frame.epoch = slot.head.epoch;
   out.frame.slot = slot.head.slot;
   out.frame.length = slot.head.length;
-  if (slot.head.pusher == kAllRanks) {
-    out.wants_result = isPuller(slot.head, arrival.rank);
-  } else if (slot.head.puller == arrival.rank ||
-             (slot.head.puller == kAllRanks && arrival.rank != slot.head.pusher)) {
+  const bool pulls = isAmong(group, slot.head.puller, arrival.rank);
+  // What one rank pushes comes back to it only where it is the one that is asked for.
+  const bool own = arrival.rank == slot.head.pusher && slot.head.puller != arrival.rank;
+  if (!hasOnePusher(slot.head)) {
+    out.wants_result = pulls;
+  } else if (pulls && !own) {
     out.payload = slot.contributions[0];
     if (slot.head.has_checksum) {
       out.frame.has_checksum = true;

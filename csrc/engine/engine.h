@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -17,6 +18,7 @@
 
 #include "common/clock.h"
 #include "common/payload.h"
+#include "common/placement.h"
 #include "common/status.h"
 #include "common/types.h"
 #include "wire/frame.h"
@@ -47,7 +49,10 @@ struct Ready {
   wire::Call call;
   std::size_t nbytes = 0;
   bool checksum = false;
-  std::vector<Payload> contributions;  ///< in rank order
+  std::vector<Payload> contributions;  ///< in rank order; of a rail: in the order of the hosts
+  /// Set where ranks of one host are to be summed before the hosts are.
+  std::shared_ptr<const Placement> by_host;
+  Rank world_size = 0;  ///< what kAvg divides by
   std::vector<Outgoing> replies;
 };
 
@@ -70,8 +75,13 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   std::shared_ptr<State> state_;
 };
 
-/// Sums the contributions in rank order (kernels::reduce) and completes the replies.
+/// Sums the contributions in the order of the group's placement, and completes the replies.
 std::vector<Outgoing> settle(Ready ready, BufferPool& pool);
+
+/// The sum of all ranks' `inputs` (in rank order) in the order of the placement, as Placement says
+/// it, in `out`: inputs[0].nbytes() bytes that overlap no input. kAvg divides once, at the end.
+void sumByHost(const Placement& placement, DataType dtype, ReduceOp op,
+               std::span<const Payload> inputs, std::byte* out);
 
 /// "2.5 s".
 std::string seconds(Duration duration);
@@ -126,7 +136,7 @@ class Engine {
   };
   struct Slot {
     wire::Frame head;                    // the first frame: what the others are compared with
-    std::vector<Payload> contributions;  // by rank, or one if there is one pusher
+    std::vector<Payload> contributions;  // by rank; of a rail by host; or one of the one pusher
     std::vector<Arrival> arrivals;       // in order of arrival
     std::vector<char> arrived;           // by rank
     bool mismatch = false;
@@ -146,6 +156,7 @@ class Engine {
   };
   struct Group {
     std::string name;
+    std::shared_ptr<const Placement> placement;
     std::vector<Member> members;
     std::size_t connected = 0;
     std::unordered_map<wire::SlotId, std::unique_ptr<Slot>, SlotHash> slots;
@@ -158,7 +169,8 @@ class Engine {
 
   static Status checkPush(const Group& group, Rank rank, const wire::Frame& frame,
                           const Payload& payload);
-  static bool takesPart(const Slot& slot, Rank rank);
+  static bool isAmong(const Group& group, Rank ranks, Rank rank);
+  static bool takesPart(const Group& group, const Slot& slot, Rank rank);
   static std::string nameRank(const Group& group, Rank rank);
   static std::string nameRanks(const Group& group, const std::vector<Rank>& ranks);
   static std::string nameOperation(const Group& group, const wire::Frame& head);
@@ -171,8 +183,9 @@ class Engine {
   void drop(std::unique_ptr<Slot> slot);
   void arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
               Payload payload, Actions& actions);
-  void finish(Slot& slot, Actions& actions);
-  static void answer(const Slot& slot, const Arrival& arrival, std::vector<Outgoing>& replies);
+  void finish(const Group& group, Slot& slot, Actions& actions);
+  static void answer(const Group& group, const Slot& slot, const Arrival& arrival,
+                     std::vector<Outgoing>& replies);
   void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
             Actions& actions);
   bool failIfHopeless(Group& group, Slot& slot, Actions& actions);

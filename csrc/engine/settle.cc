@@ -1,7 +1,9 @@
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "engine/engine.h"
 #include "kernels/reduce.h"
@@ -64,12 +66,94 @@ std::shared_ptr<std::byte> BufferPool::get(std::size_t nbytes) {
   return {buffer, [state = state_, size_class](std::byte* b) { state->giveBack(b, size_class); }};
 }
 
+namespace {
+
+// What is summed by host is taken in tiles, so that the hosts' sums are still in the cache when
+// they are summed: this much for all that a tile touches.
+constexpr std::size_t kTilesBytes = 512 << 10;
+constexpr std::size_t kTileBytesMin = 4096;
+constexpr std::size_t kTileBytesMax = 64 << 10;
+
+/// Walks through a payload: the next bytes, in its own pieces.
+class Slices {
+ public:
+  explicit Slices(const Payload& payload) : pieces_(payload.pieces()) {}
+
+  Payload next(std::size_t nbytes) {
+    std::vector<Bytes> taken;
+    while (nbytes > 0) {
+      const Bytes piece = pieces_.front().subspan(at_);
+      const std::size_t here = std::min(nbytes, piece.size());
+      taken.push_back(piece.first(here));
+      nbytes -= here;
+      at_ += here;
+      if (here == piece.size()) {
+        pieces_ = pieces_.subspan(1);
+        at_ = 0;
+      }
+    }
+    return Payload(std::move(taken), nullptr);
+  }
+
+ private:
+  std::span<const Bytes> pieces_;
+  std::size_t at_ = 0;
+};
+
+void sum(const Ready& ready, std::byte* out) {
+  const auto [dtype, op] = std::pair(ready.call.dtype, ready.call.op);
+  const std::size_t count = ready.nbytes / sizeOf(dtype);
+  if (ready.by_host) {
+    sumByHost(*ready.by_host, dtype, op, ready.contributions, out);
+  } else if (op == ReduceOp::kAvg &&
+             ready.world_size != static_cast<Rank>(ready.contributions.size())) {
+    kernels::reduce(dtype, partially(op, dtype), ready.contributions, out, count);
+    kernels::divide(dtype, out, count, ready.world_size);
+  } else {
+    kernels::reduce(dtype, op, ready.contributions, out, count);
+  }
+}
+
+}  // namespace
+
+void sumByHost(const Placement& placement, DataType dtype, ReduceOp op,
+               std::span<const Payload> inputs, std::byte* out) {
+  REDUCER_CHECK(inputs.size() == static_cast<std::size_t>(placement.worldSize()));
+  const std::size_t element = sizeOf(dtype);
+  const std::size_t nbytes = inputs.front().nbytes();
+  const ReduceOp part = partially(op, dtype);
+  const std::size_t share = kTilesBytes / (inputs.size() + placement.hosts() + 1);
+  const std::size_t tile_max = std::clamp(share / 64 * 64, kTileBytesMin, kTileBytesMax);
+  std::vector<Slices> slices(inputs.begin(), inputs.end());
+  std::vector<std::byte> sums(placement.hosts() * std::min(tile_max, nbytes));
+  std::vector<Payload> parts;
+  std::vector<Payload> hosts(placement.hosts());
+  for (std::size_t done = 0; done < nbytes;) {
+    const std::size_t tile = std::min(tile_max, nbytes - done);
+    for (Rank host = 0; host < placement.hosts(); ++host) {
+      parts.clear();
+      for (const Rank rank : placement.ranksOf(host)) parts.push_back(slices[rank].next(tile));
+      if (parts.size() == 1) {
+        hosts[host] = std::move(parts.front());
+        continue;
+      }
+      std::byte* const to = sums.data() + host * tile;
+      kernels::reduce(dtype, part, parts, to, tile / element);
+      hosts[host] = Payload(Bytes(to, tile), nullptr);
+    }
+    kernels::reduce(dtype, part, hosts, out + done, tile / element);
+    if (op == ReduceOp::kAvg) {
+      kernels::divide(dtype, out + done, tile / element, placement.worldSize());
+    }
+    done += tile;
+  }
+}
+
 std::vector<Outgoing> settle(Ready ready, BufferPool& pool) {
   Payload result;
   if (ready.nbytes > 0) {
     const std::shared_ptr<std::byte> buffer = pool.get(ready.nbytes);
-    kernels::reduce(ready.call.dtype, ready.call.op, ready.contributions, buffer.get(),
-                    ready.nbytes / sizeOf(ready.call.dtype));
+    sum(ready, buffer.get());
     result = Payload(Bytes(buffer.get(), ready.nbytes), buffer);
   }
   ready.contributions.clear();

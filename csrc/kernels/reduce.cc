@@ -126,8 +126,7 @@ void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::b
 void accumulate(DataType dtype, ReduceOp op, std::byte* out, const Payload& in, std::size_t count) {
   REDUCER_CHECK(op != ReduceOp::kNone && supports(op, dtype));
   REDUCER_CHECK(in.nbytes() == count * sizeOf(dtype));
-  // The mean is made at the end by divide(), except for booleans, whose mean is "and".
-  if (op == ReduceOp::kAvg) op = dtype == DataType::kBool ? ReduceOp::kBitAnd : ReduceOp::kSum;
+  op = partially(op, dtype);  // divide() follows
   const Bytes own(out, in.nbytes());
   Reader readers[] = {Reader({&own, 1}), Reader(in.pieces())};
   combine(dtype, op, readers, out, count);

@@ -85,6 +85,7 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
     record.world_size = hello.world_size;
     record.config = hello.config;
     record.config_text = hello.config_text;
+    record.hosts = hello.hosts;
     record.config_host = who;
     record.window_bytes = hello.window_bytes;
     record.reserved_bytes = needed;
@@ -99,6 +100,13 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
                       " has a world size of " + std::to_string(hello.world_size) + " and " +
                       hello.config_text + "; " + record.config_host + " has " +
                       std::to_string(record.world_size) + " and " + record.config_text);
+  }
+  if (record.hosts != hello.hosts) {
+    return Status(Code::kMismatch, "the ranks of group '" + hello.group +
+                                       "' do not agree on who shares a host with whom: to " + who +
+                                       " the hosts of its ranks are " + describeHosts(hello.hosts) +
+                                       "; to " + record.config_host + " they are " +
+                                       describeHosts(record.hosts));
   }
   if (const auto twin = record.ranks.find(hello.rank); twin != record.ranks.end()) {
     return Status(Code::kInvalidArgument, who + " of group '" + hello.group +

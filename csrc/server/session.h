@@ -30,8 +30,9 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::int32_t world_size = 0;
     std::uint64_t config = 0;
     std::string config_text;
-    std::string config_host;         // who set it
-    std::uint64_t window_bytes = 0;  // of each worker
+    std::vector<std::uint32_t> hosts;  // of its ranks
+    std::string config_host;           // who set it
+    std::uint64_t window_bytes = 0;    // of each worker
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
   };

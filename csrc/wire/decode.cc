@@ -74,6 +74,34 @@ class Reader {
     return true;
   }
 
+  /// The same, or a rail: kMaxWorldSize + 1 + its share.
+  bool ranks(const char* name, Rank& out) {
+    std::uint64_t value;
+    if (!number(2 * kMaxWorldSize, name, value)) return false;
+    out = static_cast<Rank>(value) - 1;
+    if (out >= kMaxWorldSize) out = rail(out - kMaxWorldSize);
+    return true;
+  }
+
+  /// The host of every rank, each numbered when its lowest rank comes.
+  bool hosts(std::vector<std::uint32_t>& out) {
+    Bytes content;
+    if (!bytes(kMaxHostsBytes, "hosts", content)) return false;
+    if (content.empty()) return fail("hosts of no rank");
+    Reader in(content, position() - content.size());
+    std::uint32_t next = 0;
+    while (!in.atEnd()) {
+      std::uint32_t host = 0;
+      if (out.size() == static_cast<std::size_t>(kMaxWorldSize)) {
+        return fail("hosts of more than " + std::to_string(kMaxWorldSize) + " ranks");
+      }
+      if (!in.number(next, "host", host)) return failIn("hosts", in);
+      if (host == next) ++next;
+      out.push_back(host);
+    }
+    return true;
+  }
+
   template <class T>
   bool fixed(T& out) {
     if (left() < sizeof(T)) return failShort();
@@ -200,6 +228,8 @@ bool readHelloField(Reader& in, std::uint64_t tag, Hello& hello) {
       return in.fixed(hello.config);
     case hello_tag::kConfigText:
       return in.string("config text", true, hello.config_text);
+    case hello_tag::kHosts:
+      return in.hosts(hello.hosts);
     default:
       return in.unexpected(tag);
   }
@@ -243,9 +273,9 @@ bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
     case frame_tag::kCount:
       return in.varint(frame.call.count);
     case frame_tag::kPusher:
-      return in.rank("pusher + 1", frame.pusher);
+      return in.ranks("pusher + 1", frame.pusher);
     case frame_tag::kPuller:
-      return in.rank("puller + 1", frame.puller);
+      return in.ranks("puller + 1", frame.puller);
     case frame_tag::kOffset:
       return in.varint(frame.offset);
     case frame_tag::kLength:
@@ -294,6 +324,11 @@ bool consistent(Reader& in, const Frame& frame, std::size_t payload_nbytes) {
     if (frame.hello.world_size < 1) return in.fail("the world size is 0");
     if (frame.hello.rank >= frame.hello.world_size) {
       return in.fail("rank " + std::to_string(frame.hello.rank) + " of a world of " +
+                     std::to_string(frame.hello.world_size));
+    }
+    const std::size_t hosts = frame.hello.hosts.size();
+    if (hosts != 0 && hosts != static_cast<std::size_t>(frame.hello.world_size)) {
+      return in.fail("the hosts of " + std::to_string(hosts) + " ranks in a world of " +
                      std::to_string(frame.hello.world_size));
     }
   }

@@ -49,10 +49,14 @@ inline constexpr std::uint32_t kHost = fieldTag(6, kDelimited);
 inline constexpr std::uint32_t kWindowBytes = fieldTag(7, kVarint);
 inline constexpr std::uint32_t kConfig = fieldTag(8, kFixed64);
 inline constexpr std::uint32_t kConfigText = fieldTag(9, kDelimited);
+inline constexpr std::uint32_t kHosts = fieldTag(10, kDelimited);
 }  // namespace hello_tag
 
-/// More than any header needs: five texts (of the frame and of its hello) and some 150 bytes of
-/// numbers.
-inline constexpr std::size_t kMaxHeaderBytes = 5 * kMaxTextBytes + 512;
+/// The host of every rank of the largest group: varints of two bytes.
+inline constexpr std::size_t kMaxHostsBytes = 2 * static_cast<std::size_t>(kMaxWorldSize);
+
+/// More than any header needs: five texts (of the frame and of its hello), the hosts, and some 150
+/// bytes of numbers.
+inline constexpr std::size_t kMaxHeaderBytes = 5 * kMaxTextBytes + kMaxHostsBytes + 512;
 
 }  // namespace reducer::wire

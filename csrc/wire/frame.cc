@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "common/check.h"
 #include "common/limits.h"
 #include "wire/fields.h"
 #include "wire/utf8.h"
@@ -60,7 +61,9 @@ class Writer {
 };
 
 std::uint64_t onWire(Rank rank) {
-  return static_cast<std::uint64_t>(static_cast<std::int64_t>(rank) + 1);
+  const std::int64_t number =
+      isRail(rank) ? std::int64_t{kMaxWorldSize} + 1 + shareOf(rank) : std::int64_t{rank} + 1;
+  return static_cast<std::uint64_t>(number);
 }
 
 void writeNumbers(Writer& out, const Frame& frame) {
@@ -98,13 +101,23 @@ void writePayloadPrefix(Writer& out, std::size_t payload_nbytes) {
   out.varint(payload_nbytes);
 }
 
+void writeHosts(Writer& out, const std::vector<std::uint32_t>& hosts) {
+  if (hosts.empty()) return;
+  REDUCER_CHECK(hosts.size() <= static_cast<std::size_t>(kMaxWorldSize));
+  std::byte packed[kMaxHostsBytes];
+  Writer content(packed);
+  for (const std::uint32_t host : hosts) content.varint(host);
+  const auto nbytes = static_cast<std::size_t>(content.at() - packed);
+  out.bytes(hello_tag::kHosts, {reinterpret_cast<const char*>(packed), nbytes});
+}
+
 std::vector<std::byte> encodeHello(const Hello& hello) {
   const std::string group = toUtf8(hello.group, kMaxTextBytes);
   const std::string host = toUtf8(hello.host, kMaxTextBytes);
   const std::string config_text = toUtf8(hello.config_text, kMaxTextBytes);
   const std::string_view job = std::string_view(hello.job).substr(0, kMaxTextBytes);
   std::vector<std::byte> bytes(kNumbersBytesMax + job.size() + group.size() + host.size() +
-                               config_text.size());
+                               config_text.size() + kMaxHostsBytes);
   Writer out(bytes.data());
   out.number(hello_tag::kVersion, hello.version);
   out.bytes(hello_tag::kJob, job);
@@ -115,6 +128,7 @@ std::vector<std::byte> encodeHello(const Hello& hello) {
   out.number(hello_tag::kWindowBytes, hello.window_bytes);
   if (hello.config != 0) out.fixed(hello_tag::kConfig, hello.config);
   out.bytes(hello_tag::kConfigText, config_text);
+  writeHosts(out, hello.hosts);
   bytes.resize(static_cast<std::size_t>(out.at() - bytes.data()));
   return bytes;
 }

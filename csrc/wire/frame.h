@@ -58,6 +58,8 @@ struct Hello {
   std::uint64_t window_bytes = 0;  ///< most chunk bytes this worker will have outstanding here
   std::uint64_t config = 0;        ///< digest of the settings that must be equal on all ranks
   std::string config_text;         ///< the same settings, readable, for the message if they differ
+  /// The host of every rank, numbered by its lowest rank (Placement); empty: one for each.
+  std::vector<std::uint32_t> hosts;
   bool operator==(const Hello&) const = default;
 };
 
@@ -68,8 +70,8 @@ struct Frame {
   std::uint32_t epoch = 0;
   SlotId slot;
   Call call;
-  Rank pusher = kAllRanks;       ///< the one rank that pushes, or kAllRanks
-  Rank puller = kAllRanks;       ///< the one rank that pulls, or kAllRanks
+  Rank pusher = kAllRanks;       ///< the one rank that pushes, a rail, or kAllRanks
+  Rank puller = kAllRanks;       ///< the one rank that pulls, a rail, or kAllRanks
   std::uint64_t offset = 0;      ///< bytes, within the operation's transfer
   std::uint64_t length = 0;      ///< bytes of this chunk (payload size where there is a payload)
   std::uint32_t timeout_ms = 0;  ///< kPush: how long the slot may wait for other ranks; 0: for ever

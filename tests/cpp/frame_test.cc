@@ -56,7 +56,8 @@ Frame pushFrame(std::uint64_t length) {
 Frame helloFrame() {
   Frame frame;
   frame.kind = FrameKind::kHello;
-  frame.hello = {kProtocolVersion, std::string(16, 'j'), "dp", 1, 4, "node1:77", 1 << 20, 5, "a=b"};
+  frame.hello = {
+      kProtocolVersion, std::string(16, 'j'), "dp", 1, 4, "node1:77", 1 << 20, 5, "a=b", {}};
   return frame;
 }
 
@@ -254,8 +255,9 @@ TEST(Frame, RefusesNumbersOutOfRange) {
   expectRefused(header([](Frame& f) { f.call.codec = 1; }), "codec 1");
   expectRefused(header([](Frame& f) { f.code = static_cast<Code>(9); }), "code 9");
   expectRefused(header([](Frame& f) { f.call.root = kMaxWorldSize; }), "root + 1 4097 is over");
-  expectRefused(header([](Frame& f) { f.pusher = kMaxWorldSize; }), "pusher + 1 4097 is over");
-  expectRefused(header([](Frame& f) { f.puller = -2; }), "puller + 1");
+  expectRefused(header([](Frame& f) { f.pusher = rail(kMaxWorldSize); }),
+                "pusher + 1 8193 is over");
+  expectRefused(header([](Frame& f) { f.puller = rail(1 << 20); }), "puller + 1");
   expectRefused(header([](Frame& f) { f.length = kMaxChunkBytes + 1; }), "length 16777217 is over");
   expectRefused(header([](Frame& f) { f.offset = ~std::uint64_t{0}, f.length = 1; }),
                 "offset + length is over 64 bits");
@@ -289,6 +291,16 @@ TEST(Frame, RefusesBadHellos) {
   expectRefused(hello([](wire::Hello& h) { h.rank = -1; }), "in hello: rank 4294967295 is over");
   expectRefused(hello([](wire::Hello& h) { h.world_size = 0; }), "the world size is 0");
   expectRefused(hello([](wire::Hello& h) { h.world_size = kMaxWorldSize + 1; }), "world size 4097");
+  EXPECT_TRUE(decodeAlone(hello([](wire::Hello& h) { h.hosts = {0, 1, 0, 2}; })).ok());
+  expectRefused(hello([](wire::Hello& h) {
+                  h.hosts = {0, 1, 3, 2};
+                }),
+                "in hello: in hosts: host 3 is over the limit of 2");
+  expectRefused(hello([](wire::Hello& h) {
+                  h.hosts = {0, 1, 0};
+                }),
+                "the hosts of 3 ranks in a world of 4");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 1, 0x52, 0}), "in hello: hosts of no rank");
   expectRefused(raw({0x08, 2}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 1}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 7, 0xAA, 1, 0}), "a hello in a frame that has none");

@@ -45,6 +45,26 @@ inline Rank anyRankOrAll(Random& random) {
   return static_cast<Rank>(upTo(random, static_cast<std::uint64_t>(kMaxWorldSize))) - 1;
 }
 
+/// A rank, all ranks, or a rail.
+inline Rank anyRanks(Random& random) {
+  if (upTo(random, 2) > 0) return anyRankOrAll(random);
+  return rail(static_cast<Rank>(upTo(random, kMaxWorldSize - 1)));
+}
+
+/// The host of every rank, or nothing.
+inline std::vector<std::uint32_t> anyHosts(Random& random, std::int32_t world_size) {
+  std::vector<std::uint32_t> hosts;
+  if (upTo(random, 2) == 0) return hosts;
+  std::uint32_t next = 0;
+  const std::uint64_t apart = upTo(random, 3);
+  for (std::int32_t rank = 0; rank < world_size; ++rank) {
+    const bool another = rank == 0 || upTo(random, apart) == 0;
+    hosts.push_back(another ? next : static_cast<std::uint32_t>(upTo(random, next - 1)));
+    next += another ? 1 : 0;
+  }
+  return hosts;
+}
+
 inline wire::Hello anyHello(Random& random) {
   wire::Hello hello;
   hello.version = kProtocolVersion;
@@ -56,6 +76,7 @@ inline wire::Hello anyHello(Random& random) {
   hello.window_bytes = anyNumber(random, 64);
   hello.config = random();
   hello.config_text = anyText(random);
+  hello.hosts = anyHosts(random, hello.world_size);
   return hello;
 }
 
@@ -85,8 +106,8 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
     frame.call.dtype = static_cast<DataType>(1 + upTo(random, 16));
     frame.call.root = anyRankOrAll(random);
     frame.call.count = anyNumber(random, 64);
-    frame.pusher = anyRankOrAll(random);
-    frame.puller = anyRankOrAll(random);
+    frame.pusher = anyRanks(random);
+    frame.puller = anyRanks(random);
     frame.offset = anyNumber(random, 62);
     frame.timeout_ms = static_cast<std::uint32_t>(anyNumber(random, 32));
     frame.length = upTo(random, payload_nbytes_max);

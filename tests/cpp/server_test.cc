@@ -106,6 +106,31 @@ TEST_F(ServerTest, AConnectionThatSaysNothingIsClosedAfterTenSeconds) {
   EXPECT_EQ(worker->arrived()[1].frame.kind, wire::FrameKind::kResult);
 }
 
+TEST_F(ServerTest, RanksThatDoNotAgreeOnWhoSharesAHostAreRefusedByName) {
+  const auto first = connect();
+  wire::Frame frame = hello(0, 4);
+  frame.hello.hosts = {0, 0, 1, 1};
+  first->connection()->send(frame, {});
+  pass(seconds(1));
+  for (const auto& hosts : {std::vector<std::uint32_t>{0, 1, 0, 1}, {}}) {
+    const auto other = connect();
+    frame = hello(1, 4);
+    frame.hello.hosts = hosts;
+    other->connection()->send(frame, {});
+    pass(seconds(1));
+    ASSERT_EQ(other->arrived().size(), 1u);
+    const wire::Frame last = other->arrived()[0].frame;
+    EXPECT_TRUE(last.fatal);
+    EXPECT_EQ(last.code, Code::kMismatch);
+    EXPECT_EQ(last.text,
+              "the ranks of group 'default' do not agree on who shares a host with whom: to rank 1 "
+              "(client:1) the hosts of its ranks are " +
+                  std::string(hosts.empty() ? "one for each rank" : "0 1 0 1") +
+                  "; to rank 0 (client:0) they are 0 0 1 1");
+  }
+  EXPECT_EQ(first->closes(), 0);
+}
+
 TEST_F(ServerTest, NothingIsHeldWhenAllHaveLeftInTheMiddle) {
   const std::vector<std::shared_ptr<Recorder>> workers{connect(), connect()};
   for (Rank r = 0; r < 2; ++r) workers[r]->connection()->send(hello(r, 2), {});

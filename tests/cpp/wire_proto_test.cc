@@ -29,7 +29,9 @@ std::vector<std::byte> asBytes(const std::string& text) {
   return {begin, begin + text.size()};
 }
 
-std::uint32_t onWire(Rank rank) { return static_cast<std::uint32_t>(rank + 1); }
+std::uint32_t onWire(Rank rank) {
+  return static_cast<std::uint32_t>(isRail(rank) ? 4097 + shareOf(rank) : rank + 1);
+}
 
 bool aboutSlot(const Frame& frame) {
   return frame.kind == FrameKind::kPush || frame.kind == FrameKind::kResult;
@@ -45,6 +47,7 @@ void fillHello(const wire::Hello& hello, v1::Hello& out) {
   out.set_window_bytes(hello.window_bytes);
   out.set_config(hello.config);
   out.set_config_text(hello.config_text);
+  for (const std::uint32_t host : hello.hosts) out.add_hosts(host);
 }
 
 /// The same frame as another client would build it.
