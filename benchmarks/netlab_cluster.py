@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from reducer._bench.units import parse_rate
 
 PREFIX = "rnetlab"
 INTERFACE = "eth0"
@@ -24,8 +26,10 @@ _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG = 1
 _COMMAND_SECONDS_MAX = 30
 # A larger burst lets small messages pass unlimited, a smaller one breaks up the kernel's large
-# segments.
-_LIMIT = "tbf rate {rate} burst 128kb latency 100ms"
+# segments. NICs faster than 1 Gbit/s get as many microseconds of it.
+_LIMIT = "tbf rate {rate} burst {burst} latency 100ms"
+_BURST_BYTES = 128 << 10
+_BURST_RATE = 1e9
 
 _libc = ctypes.CDLL(None, use_errno=True)
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -143,12 +147,14 @@ def remove_leftovers() -> list[str]:
 class Cluster:
     """Hosts on one switch. A context manager: leaving it removes every namespace that it made."""
 
-    def __init__(self, labels: list[str], rate: str | None, congestion_control: str | None = None) -> None:
-        """Hosts named by `labels` (letters, digits); `rate` as `tc` writes it, None: unlimited; `congestion_control` of
-        the hosts' TCP, None: this machine's.
+    def __init__(
+        self, labels: list[str], rate: str | Mapping[str, str] | None, congestion_control: str | None = None
+    ) -> None:
+        """Hosts named by `labels` (letters, digits); `rate` as `tc` writes it, of all or by label, None: unlimited;
+        `congestion_control` of the hosts' TCP, None: this machine's.
         """
         self._owner = os.getpid()
-        self._rate = rate
+        self._rates = dict.fromkeys(labels, rate) if isinstance(rate, str) else rate
         self._congestion_control = congestion_control
         self.labels = labels
         self._made: list[str] = []
@@ -215,15 +221,15 @@ class Cluster:
         setting = "/proc/sys/net/bridge/bridge-nf-call-iptables"
         unfiltered = f"if [ -w {setting} ]; then echo 0 > {setting}; fi"
         _command(["ip", "netns", "exec", switch, "sh", "-c", unfiltered])
-        if self._rate is not None:
-            self._limit(self._rate)
+        if self._rates is not None:
+            self._limit(self._rates)
 
-    def _limit(self, rate: str) -> None:
-        discipline = _LIMIT.format(rate=rate)
-        ports = [f"qdisc add dev port{i} root {discipline}" for i in range(len(self.labels))]
+    def _limit(self, rates: Mapping[str, str]) -> None:
+        disciplines = [_discipline(rates[label]) for label in self.labels]
+        ports = [f"qdisc add dev port{i} root {discipline}" for i, discipline in enumerate(disciplines)]
         switch = self.namespace("switch")
         _command(["tc", "-n", switch, "-batch", "-"], "\n".join(ports) + "\n")
-        for label in self.labels:
+        for label, discipline in zip(self.labels, disciplines, strict=True):
             host = f"qdisc add dev {INTERFACE} root {discipline}\n"
             _command(["tc", "-n", self.namespace(label), "-batch", "-"], host)
 
@@ -236,3 +242,8 @@ class Cluster:
             if (_NETNS_DIRECTORY / name).exists():
                 _command(["ip", "netns", "del", name])
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _discipline(rate: str) -> str:
+    burst = _BURST_BYTES * max(1.0, parse_rate(rate) / _BURST_RATE)
+    return _LIMIT.format(rate=rate, burst=round(burst))

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from netlab_cluster import INTERFACE, Cluster, NetlabError, become_child, signals_held
+from netlab_scenarios import Competitor
 from netlab_worker import Turn, TurnResult, Worker, WorkerFailure, WorkerPlan
 
 START_SECONDS_MAX = 60.0
 _STOP_SECONDS_MAX = 5.0
-CONTENDERS = ("gloo", "ring", "direct", "server", "mixed")
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ContenderResult:
 class Contender:
     """One way to all-reduce, with all its processes. Not thread-safe."""
 
-    name: str
+    competitor: Competitor
     cluster: Cluster
     workers: list[Worker] = field(default_factory=list)
     reducers: list[Reducer] = field(default_factory=list)
@@ -52,6 +52,10 @@ class Contender:
 
     def __post_init__(self) -> None:
         self._store = self.cluster.directory / f"{self.name}-store"
+
+    @property
+    def name(self) -> str:
+        return self.competitor.name
 
     def start_reducers(self, binary: Path, labels: Sequence[str], threads: int, congestion_control: str) -> None:
         """Starts a reducer on each host of `labels`. NetlabError if one does not come up."""
@@ -84,19 +88,18 @@ class Contender:
         for reducer in self.reducers:
             reducer.address = _ready_address(reducer.process, deadline)
 
-    def start_workers(self, labels: Sequence[str], backend: str, extra: dict[str, str]) -> None:
-        """Forks a worker into each host of `labels` and waits until their group exists."""
+    def start_workers(self, labels: Sequence[str], extra: dict[str, str]) -> None:
+        """Forks a worker for each of `labels` into that host and waits until their group exists."""
         environment = {
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "REDUCER_INTERFACE": INTERFACE,
+            "REDUCER_SERVERS": ",".join(reducer.address for reducer in self.reducers),
+            **self.competitor.environment,
             **extra,
         }
-        if backend == "reducer":
-            environment["REDUCER_ALGORITHM"] = self.name
-        environment["REDUCER_SERVERS"] = ",".join(reducer.address for reducer in self.reducers)
         for rank, label in enumerate(labels):
             plan = WorkerPlan(
-                backend=backend,
+                backend="gloo" if self.name == "gloo" else "reducer",
                 rank=rank,
                 world_size=len(labels),
                 store=str(self._store),

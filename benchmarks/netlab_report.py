@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from netlab_scenarios import Competitor, Shape
 from rich.table import Table
 
-from reducer._bench.formulas import all_reduce_bound, bus_factor
+from reducer._bench.formulas import bus_factor
 from reducer._bench.statistics import median, percentile
-from reducer._bench.units import format_seconds, format_size
+from reducer._bench.units import format_seconds, format_size, parse_rate
 
 
 @dataclass
@@ -44,21 +45,25 @@ class Row:
     busbw: float
     bound: float | None
     bound_share: float | None
+    line_share: float | None
     gloo_ratio: float | None
     cpu_share: float | None
     own_cpu_share: float | None
     wrong: int
 
 
-def make_rows(samples: Sequence[Samples], workers: int, reducers: int, line: float | None) -> list[Row]:
-    """Rows in the order of `samples`; `line` is the line rate in bit/s, None: no bounds."""
+def make_rows(samples: Sequence[Samples], shape: Shape, efficiency: float | None) -> list[Row]:
+    """Rows in the order of `samples`; `efficiency` is the part of a NIC's rate that a stream had, None: no bounds."""
     measured = [each for each in samples if each.seconds]
     gloo = {each.nbytes: median(each.seconds) for each in measured if each.contender == "gloo"}
     rows = []
     for each in measured:
         middle = median(each.seconds)
         algbw = 8 * each.nbytes / middle
-        bound = None if line is None else line * all_reduce_bound(each.contender, workers, reducers)
+        bound = line = None
+        if efficiency is not None and shape.rate is not None:
+            bound = shape.bound(Competitor(each.contender), efficiency)
+            line = efficiency * parse_rate(shape.rate)
         rows.append(
             Row(
                 nbytes=each.nbytes,
@@ -67,9 +72,10 @@ def make_rows(samples: Sequence[Samples], workers: int, reducers: int, line: flo
                 median_s=middle,
                 p99_s=percentile(each.seconds, 99),
                 algbw=algbw,
-                busbw=algbw * bus_factor("all_reduce", workers),
+                busbw=algbw * bus_factor("all_reduce", shape.world_size),
                 bound=bound,
                 bound_share=None if bound is None else algbw / bound,
+                line_share=None if line is None else algbw / line,
                 gloo_ratio=gloo[each.nbytes] / middle if each.nbytes in gloo else None,
                 cpu_share=each.cpu_busy / each.cpu_total if each.cpu_total else None,
                 own_cpu_share=each.cpu_own / each.cpu_total if each.cpu_total else None,
@@ -130,10 +136,11 @@ _COLOURS = {
     "direct": "#1f77b4",
     "server": "#2ca02c",
     "mixed": "#ff7f0e",
+    "auto": "#d62728",
 }
 
 
-def draw(rows: Sequence[Row], line: float | None, title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Writes the picture: bandwidth against size with the bounds, and time relative to Gloo."""
     import matplotlib
 

@@ -9,6 +9,8 @@ all-gather is the output and for reduce-scatter the input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 #: Collectives that `reducer bench` runs.
 COLLECTIVES = (
     "all_reduce",
@@ -55,19 +57,66 @@ def owner_shares(algorithm: str, n: int, k: int) -> tuple[float, float]:
 def all_reduce_bound(algorithm: str, n: int, k: int) -> float:
     """Largest algbw of an all-reduce, as a multiple of the NIC's rate (equal NICs, full duplex).
 
-    n workers, k standalone reducers. The times for large S are those of docs/algorithms.md:
-    ring and direct 2(n-1)S/(nB); server max(S/B, nS/(kB)); mixed 2n(n-1)S/(DB), D = n^2 + kn - 2k,
-    for k <= n, above which only standalone reducers own anything.
+    n workers, each on a host of its own, and k standalone reducers.
     """
-    if n < 2:
-        raise ValueError("a bound needs at least two workers: one alone sends nothing")
-    if algorithm in ("gloo", "ring", "direct"):
-        return n / (2 * (n - 1))
+    return all_reduce_rate(algorithm, [1.0] * n, [1.0] * k)
+
+
+def all_reduce_rate(
+    algorithm: str,
+    hosts: Sequence[float],
+    reducers: Sequence[float],
+    ranks_per_host: int = 1,
+    *,
+    two_levels: bool = True,
+) -> float:
+    """Largest algbw of an all-reduce that these NICs allow, in their unit (docs/algorithms.md).
+
+    `hosts` and `reducers` are the rates of the NICs, full duplex, of the workers' hosts, each shared by
+    `ranks_per_host` ranks, and of the standalone reducers. With `two_levels` the ranks of a host sum within it first,
+    so that only one tensor's bytes are the host's; a ring passes each host once anyhow, as its ranks stand in order.
+    `auto` may choose any.
+    """
+    n = len(hosts) * ranks_per_host
+    if len(hosts) < 2:
+        raise ValueError("a bound needs at least two workers, on two hosts: one alone sends nothing")
+    sharing = 1 if two_levels else ranks_per_host
+    pushers = len(hosts) * sharing
+    if algorithm in ("gloo", "ring"):
+        return min(hosts) * n / (2 * (n - 1))
+    if algorithm == "direct":
+        return 1 / _least_time(hosts, [], sharing)
     if algorithm == "server":
-        if k < 1:
+        if not reducers:
             raise ValueError("server needs at least one standalone reducer")
-        return min(1.0, k / n)
+        return min(min(hosts) / sharing, sum(reducers) / pushers)
     if algorithm == "mixed":
-        k = min(k, n)
-        return (n * n + k * n - 2 * k) / (2 * n * (n - 1))
+        return 1 / _least_time(hosts, reducers, sharing)
+    if algorithm == "auto":
+        fixed = ("ring", "mixed")
+        return max(all_reduce_rate(each, hosts, reducers, ranks_per_host, two_levels=two_levels) for each in fixed)
     raise ValueError(f"no bound is known for {algorithm!r}")
+
+
+def _least_time(hosts: Sequence[float], reducers: Sequence[float], sharing: int) -> float:
+    """Seconds for one byte, with the shares that are best for these rates.
+
+    In a time T a reducer of rate B can own the share T B / n (it receives n parts of what it owns and sends n), and a
+    host whose m ranks own the share Y together moves m (1 - Y) as workers do and Y (n - m) as owners, so m + Y (n - 2m)
+    within T B. The least T is that in which all shares together reach 1; they grow with T, so halving finds it.
+    """
+    n = len(hosts) * sharing
+    growth = n - 2 * sharing
+
+    def owned(time: float) -> float:
+        from_reducers = sum(time * rate / n for rate in reducers)
+        return from_reducers + sum(min(1.0, (time * rate - sharing) / growth) if growth else 1.0 for rate in hosts)
+
+    low = sharing / min(hosts)  # every rank's own bytes have to leave its host
+    if owned(low) >= 1:
+        return low
+    high = 2 * n * low
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if owned(middle) >= 1 else (middle, high)
+    return high

@@ -13,16 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 netlab: Any = importlib.import_module("netlab")
+netlab_run: Any = importlib.import_module("netlab_run")
+netlab_goals: Any = importlib.import_module("netlab_goals")
+scenarios: Any = importlib.import_module("netlab_scenarios")
 cluster: Any = importlib.import_module("netlab_cluster")
 netlab_report: Any = importlib.import_module("netlab_report")
 
 LINE = 0.955e9
+EFFICIENCY = 0.955
+MIB = 1 << 20
 
 
 def samples(contender: str, nbytes: int, seconds: list[float], wrong: int = 0) -> Any:
@@ -37,7 +44,7 @@ def test_rows_give_bandwidth_bound_and_ratio() -> None:
         samples("server", nbytes, [at_line]),
         samples("ring", nbytes, []),
     ]
-    gloo, server = netlab_report.make_rows(measured, 8, 8, LINE)
+    gloo, server = netlab_report.make_rows(measured, scenarios.Shape(8, 8), EFFICIENCY)
     assert math.isclose(server.algbw, LINE)
     assert math.isclose(server.busbw, 1.75 * LINE)
     assert math.isclose(server.bound_share, 1.0)
@@ -50,17 +57,17 @@ def test_rows_give_bandwidth_bound_and_ratio() -> None:
 
 
 def test_rows_without_limit_or_gloo_have_no_bound_and_no_ratio() -> None:
-    (row,) = netlab_report.make_rows([samples("direct", 1024, [0.001])], 4, 0, None)
+    (row,) = netlab_report.make_rows([samples("direct", 1024, [0.001])], scenarios.Shape(4, 0), None)
     assert row.bound is None and row.bound_share is None and row.gloo_ratio is None
 
 
 def test_p99_is_the_worst_of_few_and_median_the_middle() -> None:
-    (row,) = netlab_report.make_rows([samples("ring", 4096, [0.3, 0.1, 0.2])], 2, 0, LINE)
+    (row,) = netlab_report.make_rows([samples("ring", 4096, [0.3, 0.1, 0.2])], scenarios.Shape(2, 0), EFFICIENCY)
     assert (row.median_s, row.p99_s, row.iterations) == (0.2, 0.3, 3)
 
 
 def test_table_says_what_was_wrong() -> None:
-    rows = netlab_report.make_rows([samples("ring", 1 << 20, [0.1], wrong=3)], 2, 1, LINE)
+    rows = netlab_report.make_rows([samples("ring", MIB, [0.1], wrong=3)], scenarios.Shape(2, 1), EFFICIENCY)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(netlab_report.make_table(rows, "a title"))
@@ -68,25 +75,94 @@ def test_table_says_what_was_wrong() -> None:
     assert "1 MiB" in text and "ring" in text and "3 wrong" in text and "25%" in text
 
 
+def test_bounds_of_shared_and_of_unequal_nics() -> None:
+    def bound(shape: Any, name: str) -> float:
+        return float(shape.bound(scenarios.Competitor(name), 1.0)) / 1e9
+
+    two_a_host = scenarios.Shape(4, 4, ranks_per_host=2)
+    assert two_a_host.rank_hosts == ["w0", "w0", "w1", "w1", "w2", "w2", "w3", "w3"]
+    # Two levels: a host moves what one worker would. Flat: its NIC carries both ranks' bytes.
+    assert bound(two_a_host, "server") == pytest.approx(1.0)
+    assert bound(two_a_host, "server:grpc") == pytest.approx(0.5)
+    assert bound(two_a_host, "direct") == pytest.approx(4 / 6)
+    assert bound(two_a_host, "direct:tcp") == pytest.approx(8 / (2 * 2 * 6))
+    # A ring of 8 ranks enters and leaves each host once.
+    assert bound(two_a_host, "gloo") == pytest.approx(8 / 14)
+    assert bound(two_a_host, "auto") == pytest.approx(1.0)
+    # Two reducers with twice the NIC are worth four.
+    fast = scenarios.Shape(8, 2, rates={"r": "2gbit"})
+    assert bound(fast, "mixed") == pytest.approx(bound(scenarios.Shape(8, 4), "mixed"))
+    one_slow = scenarios.Shape(8, 8, rates={"w3": "100mbit"})
+    assert bound(one_slow, "mixed") == pytest.approx(0.1) and bound(one_slow, "server") == pytest.approx(0.1)
+    assert bound(one_slow, "ring") == pytest.approx(0.1 * 8 / 14)
+
+
+def test_goals_are_judged_by_every_size_and_wrong_results_reach_none() -> None:
+    measured = [
+        samples("gloo", MIB, [2.0]), samples("server", MIB, [1.0]), samples("auto", MIB, [1.05]),
+        samples("gloo", 4 * MIB, [2.0]), samples("server", 4 * MIB, [1.0]), samples("auto", 4 * MIB, [1.5]),
+    ]  # fmt: skip
+    rows = netlab_report.make_rows(measured, scenarios.Shape(8, 8), EFFICIENCY)
+
+    def verdict(*goal: Any, of: Any = rows) -> Any:
+        return netlab_goals.judge("here", [scenarios.Goal(*goal)], of)[0]
+
+    assert verdict("server", "gloo", 2.0).met is True
+    assert verdict("server", "gloo", 2.1).met is False
+    assert verdict("auto", "best", scenarios.RIGHT_CHOICE, 0, MIB).met is True
+    missed = verdict("auto", "best", scenarios.RIGHT_CHOICE)
+    assert missed.met is False and missed.figures[4 * MIB] == pytest.approx(1 / 1.5)
+    assert verdict("server", "gloo", 1.0, 16 * MIB).met is None
+    assert verdict("mixed", "gloo", 1.0).met is None
+    wrong = netlab_report.make_rows(
+        [samples("gloo", MIB, [2.0]), samples("server", MIB, [0.1], wrong=1)], scenarios.Shape(8, 8), EFFICIENCY
+    )
+    assert verdict("server", "gloo", 1.0, of=wrong).met is False
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(netlab_goals.make_goal_table([missed, verdict("mixed", "line", 0.9)]))
+    text = capture.get()
+    assert "missed" in text and "0.67 (4 MiB)" in text and "not measured" in text
+
+
+def test_every_goal_is_about_somebody_who_runs_at_a_size_that_runs() -> None:
+    for scenario in scenarios.SCENARIOS.values():
+        names = [scenarios.Competitor(name).name for name in scenario.contenders]
+        for goal in scenario.goals:
+            assert goal.contender in names and "gloo" in names
+            assert any(goal.least <= nbytes <= goal.most for nbytes in scenario.sizes)
+
+
+def test_what_a_build_does_not_have_is_left_out_with_a_word() -> None:
+    notes: list[str] = []
+    from reducer.options import TRANSPORTS
+
+    known = netlab._known("gloo,server:grpc", notes.append)
+    assert [each.name for each in known] == ["gloo", "server:grpc"] and not notes
+    for transport in {"grpc", "tcp", "shm"} - set(TRANSPORTS):
+        assert netlab._known(f"direct:{transport}", notes.append) == ()
+        assert transport in notes.pop()
+
+
 def test_json_and_picture(tmp_path: Path) -> None:
     measured = [
         samples(name, nbytes, [nbytes / 1e8]) for nbytes in (1 << 10, 1 << 20) for name in ("gloo", "direct", "server")
     ]
-    rows = netlab_report.make_rows(measured, 4, 4, LINE)
+    rows = netlab_report.make_rows(measured, scenarios.Shape(4, 4), EFFICIENCY)
     data = json.loads(json.dumps(netlab_report.make_json(rows, {"workers": 4})))
     assert data["setting"] == {"workers": 4} and len(data["rows"]) == 6
-    netlab_report.draw(rows, LINE, "a title", tmp_path / "deep" / "picture.png")
+    netlab_report.draw(rows, "a title", tmp_path / "deep" / "picture.png")
     assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_turns_are_short_and_never_empty() -> None:
-    assert netlab.turn_count(64 << 20) == 4
-    assert netlab.turn_count(1024) > netlab.turn_count(16 << 20) > netlab.turn_count(1 << 30) > 1
-    assert netlab.turn_seconds_max(64 << 20, 1, 8, "1gbit") > 10 * 8 * (64 << 20) / 1e9
+    assert netlab_run.turn_count(64 << 20) == 4
+    assert netlab_run.turn_count(1024) > netlab_run.turn_count(16 << 20) > netlab_run.turn_count(1 << 30) > 1
+    assert netlab_run.turn_seconds_max(64 << 20, 1, scenarios.Shape(8, 8)) > 10 * 8 * (64 << 20) / 1e9
 
 
 def test_budgets_add_up_and_favour_large_sizes() -> None:
-    budgets = netlab.size_budgets([1 << 10, 64 << 20], 100.0)
+    budgets = netlab_run.size_budgets([1 << 10, 64 << 20], 100.0)
     assert math.isclose(sum(budgets.values()), 100.0)
     assert budgets[64 << 20] > budgets[1 << 10] > 0
 
@@ -109,14 +185,23 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_bad_options_are_refused_with_a_reason(tmp_path: Path) -> None:
-    for option, value, said in (
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
         ("--sizes", "12parsecs", "12parsecs"),
         ("--rate", "fast", "fast"),
         ("--contenders", "gloo,quux", "quux"),
-    ):
-        done = run_netlab(tmp_path, option, value)
-        assert done.returncode == 2 and said in done.stderr
+        ("--contenders", "server:pigeon", "pigeon"),
+        ("--rates", "w99=1gbit", "w99"),
+        ("--rates", "w0=fast", "fast"),
+        ("--scenario", "9+9", "9+9"),
+    ],
+)
+def test_bad_options_are_refused_with_a_reason(option: str, value: str, said: str) -> None:
+    app = typer.Typer()
+    app.command()(netlab.main)
+    done = CliRunner().invoke(app, [option, value])
+    assert done.exit_code == 2 and said in done.output
 
 
 def test_without_root_it_says_so(tmp_path: Path) -> None:
@@ -163,6 +248,34 @@ def test_a_tiny_run_of_each_contender(tmp_path: Path, contender: str) -> None:
     # The token bucket takes frames with their headers; a loaded machine may be slower than it.
     assert 0.1e9 < data["setting"]["line_bit_s"] < 1e9
     assert (tmp_path / "netlab.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("_namespaces")
+def test_ranks_share_hosts_and_hosts_have_rates_of_their_own(tmp_path: Path) -> None:
+    done = run_netlab(
+        tmp_path, "--workers", "2", "--ranks-per-host", "2", "--reducers", "1", "--rates", "r0=2gbit",
+        "--iterations", "1", "--sizes", "300KB", "--contenders", "gloo,auto,mixed:grpc",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "netlab.json").read_text())["rows"]
+    assert [(row["contender"], row["wrong"]) for row in rows] == [("gloo", 0), ("auto", 0), ("mixed:grpc", 0)]
+    with cluster.Cluster(["w0", "r0"], {"w0": "1gbit", "r0": "2gbit"}) as lab:
+        for label, rate in (("w0", "1Gbit"), ("r0", "2Gbit")):
+            shown = subprocess.run(
+                ["tc", "-n", lab.namespace(label), "qdisc", "show", "dev", cluster.INTERFACE],
+                capture_output=True, text=True, timeout=30, check=True,
+            )  # fmt: skip
+            assert f"rate {rate}" in shown.stdout
+
+
+@pytest.mark.usefixtures("_namespaces")
+def test_a_scenario_ends_with_its_goals(tmp_path: Path) -> None:
+    done = run_netlab(
+        tmp_path, "--scenario", "8+0", "--iterations", "1", "--sizes", "1KiB", "--contenders", "gloo,direct"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5.00 x Gloo" in done.stdout and "not measured" in done.stdout
+    assert (tmp_path / "netlab-8+0.json").is_file()
 
 
 @pytest.mark.usefixtures("_namespaces")

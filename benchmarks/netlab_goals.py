@@ -1,0 +1,86 @@
+"""From a scenario's rows to its goals: what was to be reached, what was measured, met or missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from netlab_report import Row
+from netlab_scenarios import RIGHT_CHOICE, Goal
+from rich.table import Table
+
+from reducer._bench.units import format_size
+
+_MEASURES = {
+    "gloo": "x Gloo",
+    "line": "of the line",
+    "bound": "of its bound",
+    "best": "x the best fixed choice's speed",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal and the figure at each size where it could be measured. One miss misses it; no figure is no verdict."""
+
+    scenario: str
+    goal: Goal
+    figures: dict[int, float]
+
+    @property
+    def met(self) -> bool | None:
+        """None: not measured."""
+        if not self.figures:
+            return None
+        return all(figure >= self.goal.at_least for figure in self.figures.values())
+
+
+def judge(scenario: str, goals: Sequence[Goal], rows: Sequence[Row]) -> list[Verdict]:
+    """A verdict for each goal. Wrong results reach nothing: their figure is 0."""
+    return [Verdict(scenario, goal, _figures(goal, rows)) for goal in goals]
+
+
+def _figures(goal: Goal, rows: Sequence[Row]) -> dict[int, float]:
+    figures = {}
+    for row in rows:
+        if row.contender != goal.contender or not goal.least <= row.nbytes <= goal.most:
+            continue
+        figure = _figure(goal.measure, row, rows)
+        if figure is not None:
+            figures[row.nbytes] = 0.0 if row.wrong else figure
+    return figures
+
+
+def _figure(measure: str, row: Row, rows: Sequence[Row]) -> float | None:
+    if measure == "gloo":
+        return row.gloo_ratio
+    if measure == "line":
+        return row.line_share
+    if measure == "bound":
+        return row.bound_share
+    assert measure == "best", measure
+    fixed = [
+        other.median_s
+        for other in rows
+        if other.nbytes == row.nbytes and other.contender not in ("gloo", row.contender) and not other.wrong
+    ]
+    return min(fixed) / row.median_s if fixed else None
+
+
+def make_goal_table(verdicts: Sequence[Verdict]) -> Table:
+    """One line a goal, with the figure at each size."""
+    table = Table(title="goals", title_justify="left")
+    for name in ("where", "contender", "at least", "measured"):
+        table.add_column(name)
+    table.add_column("", no_wrap=True)
+    for verdict in verdicts:
+        goal = verdict.goal
+        figures = [f"{figure:.2f} ({format_size(nbytes)})" for nbytes, figure in verdict.figures.items()]
+        word = {None: "not measured", True: "[green]met", False: "[red]missed"}[verdict.met]
+        table.add_row(
+            verdict.scenario, goal.contender, f"{goal.at_least:.2f} {_MEASURES[goal.measure]}", ", ".join(figures), word
+        )
+    if any(verdict.goal.at_least == RIGHT_CHOICE for verdict in verdicts):
+        table.caption = f"within 10% of the best fixed choice: its time over auto's at least {RIGHT_CHOICE:.2f}"
+        table.caption_justify = "left"
+    return table
