@@ -13,10 +13,7 @@ RUN_CLANG_TIDY ?= run-clang-tidy-14
 FUZZ_CXX ?= clang++-14
 FUZZ_SECONDS ?= 20
 
-WORKERS ?= 8
-REDUCERS ?= 8
-RATE ?= 1gbit
-SIZES ?= 1KiB,64KiB,1MiB,16MiB,64MiB
+SCENARIO ?= all
 
 # The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
 THREADED_TESTS := exchange_test conformance_test sim_test
@@ -27,12 +24,12 @@ CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo netlab test test-cpp test-asan test-tsan test-python torch-suite test-integrations fuzz-smoke fuzz lint tidy format bench clean
+.PHONY: help setup demo netlab perf-check test test-cpp test-asan test-tsan test-python torch-suite test-integrations fuzz-smoke fuzz lint tidy format bench clean
 
 help: ## this table
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 	@echo
-	@echo 'netlab takes WORKERS=$(WORKERS) REDUCERS=$(REDUCERS) RATE=$(RATE) SIZES=$(SIZES);'
+	@echo 'netlab takes SCENARIO, as 8+8 or 8+4,8+0 (default: all); perf-check takes ARGS=--update;'
 	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest;'
 	@echo 'torch-suite takes ARGS such as "--backend reducer --world-size 3 -k barrier", or --list.'
 
@@ -42,8 +39,11 @@ setup: ## everything this machine lacks: system packages, .venv, the build (quic
 demo: setup ## train a small GPT through 2 reducers and 4 workers, and beside it on Gloo
 	$(VENV)/python examples/demo.py
 
-netlab: setup ## an emulated cluster with limited NICs: every algorithm against Gloo (root)
-	$(VENV)/python benchmarks/netlab.py --workers $(WORKERS) --reducers $(REDUCERS) --rate $(RATE) --sizes $(SIZES)
+netlab: setup ## emulated clusters with limited NICs: every algorithm against Gloo, and goals (root; 25 minutes)
+	$(VENV)/python benchmarks/netlab.py --scenario $(SCENARIO)
+
+perf-check: setup ## fails where a ratio is more than 15% below benchmarks/baseline.toml (minutes; not a part of test)
+	$(VENV)/python benchmarks/perf_check.py $(ARGS)
 
 test: lint test-cpp test-asan test-tsan fuzz-smoke test-python ## everything below down to test-python
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from netlab_report import Row
-from netlab_scenarios import RIGHT_CHOICE, Goal
+from netlab_scenarios import RIGHT_CHOICE, UNLIMITED, Goal
 from rich.table import Table
 
 from reducer._bench.units import format_size
@@ -67,19 +67,26 @@ def _figure(measure: str, row: Row, rows: Sequence[Row]) -> float | None:
     return min(fixed) / row.median_s if fixed else None
 
 
+def _sizes(goal: Goal) -> str:
+    if goal.least == goal.most:
+        return format_size(goal.least)
+    if goal.most < UNLIMITED:
+        return f"{format_size(goal.least)} to {format_size(goal.most)}"
+    return f"from {format_size(goal.least)}" if goal.least else "all"
+
+
 def make_goal_table(verdicts: Sequence[Verdict]) -> Table:
     """One line a goal, with the figure at each size."""
     table = Table(title="goals", title_justify="left")
-    for name in ("where", "contender", "at least", "measured"):
+    for name in ("where", "contender", "sizes", "at least", "measured"):
         table.add_column(name)
     table.add_column("", no_wrap=True)
     for verdict in verdicts:
         goal = verdict.goal
-        figures = [f"{figure:.2f} ({format_size(nbytes)})" for nbytes, figure in verdict.figures.items()]
+        figures = [f"{figure:.3f} ({format_size(nbytes)})" for nbytes, figure in verdict.figures.items()]
+        wanted = f"{goal.at_least:.2f} {_MEASURES[goal.measure]}"
         word = {None: "not measured", True: "[green]met", False: "[red]missed"}[verdict.met]
-        table.add_row(
-            verdict.scenario, goal.contender, f"{goal.at_least:.2f} {_MEASURES[goal.measure]}", ", ".join(figures), word
-        )
+        table.add_row(verdict.scenario, goal.contender, _sizes(goal), wanted, ", ".join(figures), word)
     if any(verdict.goal.at_least == RIGHT_CHOICE for verdict in verdicts):
         table.caption = f"within 10% of the best fixed choice: its time over auto's at least {RIGHT_CHOICE:.2f}"
         table.caption_justify = "left"

@@ -122,7 +122,7 @@ def test_goals_are_judged_by_every_size_and_wrong_results_reach_none() -> None:
     with console.capture() as capture:
         console.print(netlab_goals.make_goal_table([missed, verdict("mixed", "line", 0.9)]))
     text = capture.get()
-    assert "missed" in text and "0.67 (4 MiB)" in text and "not measured" in text
+    assert "missed" in text and "0.667 (4 MiB)" in text and "not measured" in text
 
 
 def test_every_goal_is_about_somebody_who_runs_at_a_size_that_runs() -> None:
