@@ -19,7 +19,10 @@ def parse_servers(text: str) -> list[str]:
     """The items of "host:port,host:port". ValueError names the item that is wrong."""
 
 def parse_algorithm(text: str) -> str:
-    """The algorithm's name as it is written everywhere. ValueError lists them."""
+    """The algorithm's name, or the algorithms by size, as they are written everywhere.
+
+    ValueError names the item that is wrong, or lists the algorithms that there are.
+    """
 
 def parse_transport(text: str) -> str:
     """The transport's name as it is written everywhere. ValueError lists them."""

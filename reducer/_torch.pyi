@@ -56,7 +56,7 @@ class ReducerBackend(Backend):
     def options(self) -> BackendOptions: ...
     @property
     def algorithm(self) -> str:
-        """The algorithm in use, "auto" resolved."""
+        """The algorithm in use, or the algorithms by size, "auto" resolved."""
 
     def abort_work(self, work: Work) -> None:
         """Gives one call up, on this rank and so on all: the others get an error that says so; the group goes on."""

@@ -28,7 +28,8 @@ class Options:
     servers: addresses of the standalone reducers, "host:port,host:port" or a list; a name with several addresses
             counts as
         several. Default: none.
-    algorithm: "auto", "direct", "server", "mixed" or "ring". Default: "auto" ("mixed" with servers, else "direct").
+    algorithm: "auto", "direct", "server", "mixed" or "ring", or one for each range of sizes, in bytes of the call, the
+        end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" ("mixed" with servers, else "direct").
     transport: "auto" (shared memory within a host, between processes the faster of TCP and gRPC that both have),
         "grpc", "tcp", or
         "shm" (as "auto", but an error where ranks of a host cannot share memory). Default: "auto".
@@ -192,9 +193,10 @@ def resolve(options: Options | None = None, environ: Mapping[str, str] | None = 
         except ValueError as error:
             raise InvalidArgumentError(f"{source}: {error}") from None
     settings = Settings(**values)
-    if settings.algorithm == "server" and not settings.servers:
+    needing = [item for item in settings.algorithm.split(",") if item.split(":")[-1].split("/")[0] == "server"]
+    if needing and not settings.servers:
         raise InvalidArgumentError(
-            "REDUCER_ALGORITHM: 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
+            f"REDUCER_ALGORITHM: '{needing[0]}' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
             "`reducer serve` and name them there, or use 'direct'"
         )
     return settings

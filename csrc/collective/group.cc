@@ -32,6 +32,21 @@ wire::Call makeCall(Collective collective, ReduceOp op, DataType dtype, std::siz
   return call;
 }
 
+/// `server` needs servers, for some sizes or all.
+Status checkAlgorithm(const GroupConfig& config) {
+  const Settings& settings = config.settings;
+  if (!config.servers.empty()) return {};
+  std::string item;
+  for (const SizeRange& range : settings.ranges) {
+    if (range.algorithm == Algorithm::kServer) item = "'" + textOf({range}) + "'";
+  }
+  if (settings.ranges.empty() && settings.algorithm == Algorithm::kServer) item = "'server'";
+  if (item.empty()) return {};
+  return invalid("the algorithm " + item +
+                 " needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
+                 "`reducer serve`, or use 'direct'");
+}
+
 /// Each collective as transfers: who pushes, who pulls, who owns.
 class GroupHandle final : public Group {
  public:
@@ -44,16 +59,17 @@ class GroupHandle final : public Group {
     if (!checkOp(op, dtype, done)) return;
     const wire::Call call =
         makeCall(Collective::kAllReduce, op, dtype, options.whole_count.value_or(count));
-    if (state_->algorithm() == Algorithm::kRing && n_ > 1) {
+    const Routes::Route& route = routeOf(call);
+    if (route.range.algorithm == Algorithm::kRing && n_ > 1) {
       ring(call, in, out, count, std::move(options), std::move(done));
       return;
     }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  Transfer all = mapped(count * sizeOf(dtype), seq);
-                  all.in = bytes(in);
-                  all.out = bytes(out);
-                  return std::vector<Transfer>{std::move(all)};
+                  std::vector<Transfer> transfers = mapped(route, count * sizeOf(dtype), seq);
+                  transfers.back().in = bytes(in);
+                  transfers.back().out = bytes(out);
+                  return transfers;
                 });
   }
 
@@ -62,14 +78,15 @@ class GroupHandle final : public Group {
     if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
     const wire::Call call =
         makeCall(Collective::kReduce, op, dtype, options.whole_count.value_or(count), root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
-                [&](std::uint64_t seq) {
-                  Transfer all = mapped(count * sizeOf(dtype), seq);
-                  all.puller = root;
-                  all.in = bytes(in);
-                  if (rank_ == root) all.out = bytes(out);
-                  return std::vector<Transfer>{std::move(all)};
-                });
+    state_->run(
+        call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+          std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
+          Transfer& all = transfers.back();
+          all.puller = root;
+          all.in = bytes(in);
+          if (rank_ == root) all.out = bytes(out);
+          return transfers;
+        });
   }
 
   void broadcast(void* data, std::size_t count, DataType dtype, Rank root, CallOptions options,
@@ -77,23 +94,24 @@ class GroupHandle final : public Group {
     if (!checkRank("root", root, done)) return;
     const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype,
                                      options.whole_count.value_or(count), root);
-    state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
-                [&](std::uint64_t seq) {
-                  Transfer all = mapped(count * sizeOf(dtype), seq);
-                  all.pusher = root;
-                  if (rank_ == root) {
-                    all.in = bytes(data);
-                  } else {
-                    all.out = bytes(data);
-                  }
-                  return std::vector<Transfer>{std::move(all)};
-                });
+    state_->run(
+        call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
+          std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
+          Transfer& all = transfers.back();
+          all.pusher = root;
+          if (rank_ == root) {
+            all.in = bytes(data);
+          } else {
+            all.out = bytes(data);
+          }
+          return transfers;
+        });
   }
 
   void barrier(CallOptions options, Done done) override {
     const wire::Call call = makeCall(Collective::kBarrier, ReduceOp::kNone, DataType::kUInt8, 0);
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
-                [&](std::uint64_t seq) { return std::vector<Transfer>{mapped(0, seq)}; });
+                [&](std::uint64_t seq) { return compared(seq); });
   }
 
   void allGather(const void* in, std::span<void* const> outs, std::span<const std::size_t> counts,
@@ -235,7 +253,8 @@ class GroupHandle final : public Group {
   std::int32_t worldSize() const override { return n_; }
   std::uint64_t sequence() const override { return state_->sequence(); }
   GroupCounters counters() const override { return state_->counters(); }
-  Algorithm algorithm() const override { return state_->algorithm(); }
+  Algorithm algorithm() const override { return state_->routes().algorithm(); }
+  std::vector<SizeRange> ranges() const override { return state_->routes().ranges(); }
   void abort(const std::string& reason) override {
     state_->abort(Status(Code::kAborted, "the group was aborted: " + reason));
   }
@@ -264,11 +283,27 @@ class GroupHandle final : public Group {
         [&](std::uint64_t seq) { return compared(seq); });
   }
 
-  /// Over all owners, everybody pushes and pulls.
-  Transfer mapped(std::size_t nbytes, std::uint64_t seq) const {
+  /// By the bytes of the whole call: ranks that make the same call choose the same.
+  const Routes::Route& routeOf(const wire::Call& call) const {
+    return state_->routes().at(call.count * sizeOf(call.dtype));
+  }
+
+  /// Over all owners of a route, everybody pushes and pulls: the last of the transfers, which
+  /// begins at the coordinator, or stands behind an empty chunk 0 there if its owners are others.
+  std::vector<Transfer> mapped(const Routes::Route& route, std::size_t nbytes,
+                               std::uint64_t seq) const {
+    const Routes& routes = state_->routes();
+    const ShardMap& map = routes.mapOf(route);
+    const OwnerIndex coordinator = routes.coordinator(seq);
+    const bool meets = map.owns(coordinator);
+    std::vector<Transfer> transfers;
+    if (!meets) transfers = compared(seq);
     Transfer transfer;
-    transfer.plan = state_->map().plan(nbytes, seq);
-    return transfer;
+    transfer.plan = meets ? map.planFrom(coordinator, nbytes) : map.plan(nbytes, seq);
+    transfer.first_chunk = meets ? 0 : 1;
+    if (routes.several()) transfer.map = &map;
+    transfers.push_back(std::move(transfer));
+    return transfers;
   }
 
   /// One owner, everybody pushes and pulls; behind chunk 0, where the calls are compared.
@@ -282,7 +317,7 @@ class GroupHandle final : public Group {
   /// The empty chunk 0 in which all ranks show what they call.
   std::vector<Transfer> compared(std::uint64_t seq) const {
     Transfer transfer;
-    transfer.plan = state_->map().planFor(state_->map().coordinator(seq), 0);
+    transfer.plan = state_->map().planFor(state_->routes().coordinator(seq), 0);
     return {std::move(transfer)};
   }
 
@@ -415,12 +450,7 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
                    std::to_string(config.workers.size()));
   }
   if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
-  if (config.settings.algorithm == Algorithm::kServer && config.servers.empty()) {
-    return invalid(
-        "the algorithm 'server' needs standalone reducers, and REDUCER_SERVERS is empty; start "
-        "some with "
-        "`reducer serve`, or use 'direct'");
-  }
+  if (Status status = checkAlgorithm(config); !status.ok()) return status;
   if (config.settings.chunk_bytes != 0 && (config.settings.chunk_bytes < kMinChunkBytes ||
                                            config.settings.chunk_bytes > kMaxChunkBytes)) {
     return invalid("REDUCER_CHUNK_BYTES is " + std::to_string(config.settings.chunk_bytes) +

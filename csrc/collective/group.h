@@ -146,8 +146,10 @@ class Group {
   /// Number of collectives started so far (send and recv not counted).
   virtual std::uint64_t sequence() const = 0;
   virtual GroupCounters counters() const = 0;
-  /// The algorithm in use after `auto` was resolved.
+  /// The algorithm in use after `auto` was resolved; kAuto: it depends on the size.
   virtual Algorithm algorithm() const = 0;
+  /// The algorithm by size, `auto` resolved.
+  virtual std::vector<SizeRange> ranges() const { return {{.algorithm = algorithm()}}; }
 
   /// Fails everything outstanding, and every later call, with kAborted and `reason`. Idempotent.
   virtual void abort(const std::string& reason) = 0;

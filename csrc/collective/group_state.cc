@@ -31,11 +31,11 @@ std::string join(const std::vector<std::string>& items) {
   return text;
 }
 
-std::string settingsText(const GroupConfig& config, Algorithm algorithm, const ShardMap& map) {
-  return "algorithm " + std::string(nameOf(algorithm)) + ", chunk " +
-         std::to_string(map.chunkBytes()) + " B, window " + std::to_string(map.windowBytesTotal()) +
-         " B, checksum " + (config.settings.checksum ? "on" : "off") + ", servers '" +
-         join(config.servers) + "'";
+std::string settingsText(const GroupConfig& config, const Routes& routes) {
+  return "algorithm " + textOf(routes.ranges()) + ", chunk " +
+         std::to_string(routes.map().chunkBytes()) + " B, window " +
+         std::to_string(routes.windowBytesTotal()) + " B, checksum " +
+         (config.settings.checksum ? "on" : "off") + ", servers '" + join(config.servers) + "'";
 }
 
 }  // namespace
@@ -45,16 +45,14 @@ GroupState::GroupState(GroupConfig config, transport::Transport& transport,
     : config_(std::move(config)),
       transport_(transport),
       local_(local),
-      algorithm_(ShardMap::resolve(config_.settings.algorithm, config_.servers.size())),
-      map_(algorithm_, config_.world_size, config_.servers.size(), config_.settings.chunk_bytes,
-           config_.settings.window_bytes) {}
+      routes_(config_.settings, Nics::equal(config_.world_size, config_.servers.size())) {}
 
 std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& settings_text) {
   const auto n = static_cast<OwnerIndex>(config_.world_size);
   Link::Config link;
   link.owner = owner;
   link.in_process = owner == static_cast<OwnerIndex>(config_.rank);
-  link.window_bytes = map_.windowBytes(owner);
+  link.window_bytes = routes_.windowBytes(owner);
   link.checksum = config_.settings.checksum;
   link.hello.version = kProtocolVersion;
   link.hello.job = config_.job;
@@ -77,14 +75,14 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
 }
 
 void GroupState::start() {
-  const std::string text = settingsText(config_, algorithm_, map_);
+  const std::string text = settingsText(config_, routes_);
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
   }
   // All owners at once: a rank that dies is noticed by each of them. Own reducer too, for send and
   // recv.
   links_[config_.rank]->open();
-  for (const OwnerIndex owner : map_.owners()) links_[owner]->open();
+  for (const OwnerIndex owner : routes_.owners()) links_[owner]->open();
   ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
     if (const auto self = weak.lock()) self->tick(now);
   });
@@ -174,10 +172,12 @@ void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions opt
            operation = exchange;
            Queued queued;
            for (std::uint32_t t = 0; t < exchange->transfers().size(); ++t) {
-             const Plan& plan = exchange->transfers()[t].plan;
+             const Transfer& transfer = exchange->transfers()[t];
+             const Plan& plan = transfer.plan;
              for (std::uint32_t position = 0; position < plan.owners.size(); ++position) {
-               queued.emplace_back(plan.owners[position],
-                                   Cursor{exchange, t, position, 0, plan.rounds});
+               const OwnerIndex owner = plan.owners[position];
+               const std::size_t window = transfer.map ? transfer.map->windowBytes(owner) : 0;
+               queued.emplace_back(owner, Cursor{exchange, t, position, 0, plan.rounds, window});
              }
            }
            return queued;
@@ -189,9 +189,9 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
   launch(call, wire::stepLane(number), std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const OwnerIndex next = (config_.rank + 1) % config_.world_size;
-           const auto ring =
-               std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
-                                               config_.world_size, map_.chunkBytes(), links_[next]);
+           const auto ring = std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
+                                                             config_.world_size, map().chunkBytes(),
+                                                             links_[next]);
            operation = ring;
            Queued queued;
            for (Cursor& cursor : ring->pulls())
@@ -400,7 +400,7 @@ GroupCounters GroupState::counters() {
     counters.pulled_bytes += link->pulledBytes();
     counters.outstanding_bytes_max += link->outstandingBytesMax();
   }
-  counters.window_bytes = map_.windowBytesTotal();
+  counters.window_bytes = routes_.windowBytesTotal();
   return counters;
 }
 

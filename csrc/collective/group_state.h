@@ -17,7 +17,7 @@
 #include "collective/link.h"
 #include "collective/operation.h"
 #include "collective/receives.h"
-#include "collective/shard_map.h"
+#include "collective/routes.h"
 
 namespace reducer::collective {
 
@@ -56,8 +56,8 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   bool waitClosed(Duration timeout);
 
   const GroupConfig& config() const { return config_; }
-  const ShardMap& map() const { return map_; }
-  Algorithm algorithm() const { return algorithm_; }
+  const Routes& routes() const { return routes_; }
+  const ShardMap& map() const { return routes_.map(); }
   std::uint64_t sequence() const { return sequence_; }
   GroupCounters counters();
 
@@ -84,8 +84,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   const GroupConfig config_;
   transport::Transport& transport_;
   server::ReducerServer& local_;
-  const Algorithm algorithm_;
-  const ShardMap map_;
+  const Routes routes_;
   std::vector<std::shared_ptr<Link>> links_;  // by OwnerIndex; constant after start()
 
   std::mutex mutex_;

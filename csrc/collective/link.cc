@@ -63,8 +63,10 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
     // Making a piece is cheap, and the one that does not fit is made again later.
     Piece piece = cursor.operation->piece(cursor.transfer, cursor.position, cursor.round);
     const std::size_t cost = costOf(piece);
-    if (queue.outstanding_bytes > 0 && queue.outstanding_bytes + cost > config_.window_bytes)
-      continue;
+    const std::size_t window = cursor.window_bytes != 0
+                                   ? std::min(cursor.window_bytes, config_.window_bytes)
+                                   : config_.window_bytes;
+    if (queue.outstanding_bytes > 0 && queue.outstanding_bytes + cost > window) continue;
     awaited.operation = cursor.operation;
     awaited.cost = cost;
     if (++cursor.round == cursor.end) queue.cursors.pop_front();

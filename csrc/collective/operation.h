@@ -70,6 +70,7 @@ class Operation : public std::enable_shared_from_this<Operation> {
 /// Part of a collective's bytes, with one set of pushers and of pullers.
 struct Transfer {
   Plan plan;
+  const ShardMap* map = nullptr;  ///< whose windows bound it; null: the links' own do
   std::uint64_t lane = 0;
   std::uint32_t first_chunk = 0;
   Rank pusher = kAllRanks;
@@ -98,6 +99,7 @@ struct Cursor {
   std::uint32_t position = 0;
   std::uint64_t round = 0;
   std::uint64_t end = 0;
+  std::size_t window_bytes = 0;  ///< most bytes in flight in its lane when it goes; 0: the link's
 };
 
 }  // namespace reducer::collective

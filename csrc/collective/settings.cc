@@ -7,6 +7,8 @@
 #include <limits>
 #include <utility>
 
+#include "common/limits.h"
+
 namespace reducer::collective {
 namespace {
 
@@ -106,7 +108,134 @@ Status checkAddress(std::string_view item) {
   return {};
 }
 
+/// "direct" or "mixed/128KiB/8MiB" into a range.
+Status readChoice(std::string_view text, SizeRange& range) {
+  const std::size_t first = text.find('/');
+  const std::size_t second = first == std::string_view::npos ? first : text.find('/', first + 1);
+  Result<Algorithm> algorithm = parseAlgorithm(text.substr(0, first));
+  if (!algorithm.ok()) return algorithm.status();
+  range.algorithm = algorithm.value();
+  if (first != std::string_view::npos) {
+    Result<std::size_t> chunk = parseSize(text.substr(first + 1, second - first - 1));
+    if (!chunk.ok()) return chunk.status();
+    range.chunk_bytes = chunk.value();
+    if (range.chunk_bytes != 0 &&
+        (range.chunk_bytes < kMinChunkBytes || range.chunk_bytes > kMaxChunkBytes)) {
+      return wrong("its chunk of " + sizeText(range.chunk_bytes) + " is outside of 4KiB to 16MiB");
+    }
+  }
+  if (second != std::string_view::npos) {
+    Result<std::size_t> window = parseSize(text.substr(second + 1));
+    if (!window.ok()) return window.status();
+    range.window_bytes = window.value();
+  }
+  return {};
+}
+
+Status readRange(std::string_view item, SizeRange& range) {
+  const std::size_t colon = item.find(':');
+  if (colon == std::string_view::npos) {
+    return wrong("it has no algorithm; write a range and one, as in 0-64KiB:direct");
+  }
+  const std::string_view sizes = item.substr(0, colon);
+  const std::size_t dash = sizes.find('-');
+  if (dash == std::string_view::npos) {
+    return wrong("'" + std::string(sizes) + "' is no range; write 0-64KiB, or 64KiB- without end");
+  }
+  Result<std::size_t> begin = parseSize(sizes.substr(0, dash));
+  if (!begin.ok()) return begin.status();
+  range.begin = begin.value();
+  const std::string_view end_text = trim(sizes.substr(dash + 1));
+  if (!end_text.empty()) {
+    Result<std::size_t> end = parseSize(end_text);
+    if (!end.ok()) return end.status();
+    range.end = end.value();
+    if (range.end <= range.begin) return wrong("it ends before it begins");
+  }
+  return readChoice(item.substr(colon + 1), range);
+}
+
+std::string quoted(const SizeRange& range) { return "'" + textOf({range}) + "'"; }
+
+/// Every size is in one range.
+Status checkCover(const std::vector<SizeRange>& ranges) {
+  std::uint64_t at = 0;
+  for (std::size_t i = 0; i < ranges.size(); ++i) {
+    const SizeRange& range = ranges[i];
+    if (range.begin < at) {
+      return wrong(quoted(ranges[i - 1]) + " and " + quoted(range) +
+                   " overlap; an end is the first size that is not in a range");
+    }
+    if (range.begin > at) {
+      return wrong("no algorithm is given for " + sizeText(at) + "-" + sizeText(range.begin) +
+                   ", before " + quoted(range));
+    }
+    at = range.end;
+  }
+  if (at == SizeRange::kNoEnd) return {};
+  return wrong("no algorithm is given from " + sizeText(at) + " on; end with a range like " +
+               sizeText(at) + "-:direct");
+}
+
 }  // namespace
+
+std::string sizeText(std::uint64_t nbytes) {
+  constexpr std::array<std::string_view, 5> kNames{"", "KiB", "MiB", "GiB", "TiB"};
+  std::size_t unit = 0;
+  while (unit + 1 < kNames.size() && nbytes != 0 && nbytes % 1024 == 0) {
+    nbytes /= 1024;
+    ++unit;
+  }
+  return std::to_string(nbytes) + std::string(kNames[unit]);
+}
+
+std::string textOf(const std::vector<SizeRange>& ranges) {
+  std::string text;
+  for (const SizeRange& range : ranges) {
+    const bool every_size = range.begin == 0 && range.end == SizeRange::kNoEnd;
+    if (!text.empty()) text += ",";
+    if (!every_size || range.chunk_bytes != 0 || range.window_bytes != 0) {
+      text += sizeText(range.begin) + "-";
+      if (range.end != SizeRange::kNoEnd) text += sizeText(range.end);
+      text += ":";
+    }
+    text += nameOf(range.algorithm);
+    if (range.chunk_bytes != 0 || range.window_bytes != 0) {
+      text += "/" + sizeText(range.chunk_bytes);
+    }
+    if (range.window_bytes != 0) text += "/" + sizeText(range.window_bytes);
+  }
+  return text;
+}
+
+Result<std::vector<SizeRange>> parseRanges(std::string_view text) {
+  std::vector<SizeRange> ranges(1);
+  if (text.find_first_of(":,") == std::string_view::npos) {
+    Result<Algorithm> algorithm = parseAlgorithm(text);
+    if (!algorithm.ok()) return algorithm.status();
+    ranges[0].algorithm = algorithm.value();
+    return ranges;
+  }
+  ranges.clear();
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t comma = std::min(text.find(',', at), text.size());
+    const std::string_view item = trim(text.substr(at, comma - at));
+    if (item.empty()) {
+      return wrong("item " + std::to_string(ranges.size() + 1) +
+                   " is empty; write 0-64KiB:direct,64KiB-:mixed without a comma at the end");
+    }
+    SizeRange range;
+    if (const Status status = readRange(item, range); !status.ok()) {
+      return wrong("in '" + std::string(item) + "': " + status.message());
+    }
+    ranges.push_back(range);
+    at = comma + 1;
+  }
+  std::stable_sort(ranges.begin(), ranges.end(),
+                   [](const SizeRange& a, const SizeRange& b) { return a.begin < b.begin; });
+  if (Status status = checkCover(ranges); !status.ok()) return status;
+  return ranges;
+}
 
 std::string_view nameOf(Algorithm algorithm) noexcept { return nameIn(kAlgorithms, algorithm); }
 
@@ -118,6 +247,17 @@ std::string_view nameOf(Carrier carrier) noexcept { return nameIn(kCarriers, car
 
 Result<Carrier> parseCarrier(std::string_view text) {
   return valueIn(kCarriers, text, "transport");
+}
+
+void Settings::choose(std::vector<SizeRange> by_size) {
+  const bool one =
+      by_size.size() == 1 && by_size[0] == SizeRange{.algorithm = by_size[0].algorithm};
+  algorithm = one ? by_size[0].algorithm : Algorithm::kAuto;
+  ranges = one ? std::vector<SizeRange>{} : std::move(by_size);
+}
+
+std::string Settings::algorithmText() const {
+  return ranges.empty() ? std::string(nameOf(algorithm)) : textOf(ranges);
 }
 
 Result<std::size_t> parseSize(std::string_view text) {

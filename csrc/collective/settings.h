@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -31,14 +32,43 @@ Result<std::size_t> parseSize(std::string_view text);
 /// items, missing or impossible ports and repeated addresses, and says which item is wrong.
 Result<std::vector<std::string>> parseServers(std::string_view text);
 
+/// How the calls of [begin, end) bytes go.
+struct SizeRange {
+  std::uint64_t begin = 0;
+  std::uint64_t end = kNoEnd;
+  Algorithm algorithm = Algorithm::kAuto;
+  std::size_t chunk_bytes = 0;   ///< 0: as the settings say
+  std::size_t window_bytes = 0;  ///< 0: as the settings say
+
+  static constexpr std::uint64_t kNoEnd = UINT64_MAX;
+  bool operator==(const SizeRange&) const = default;
+};
+
+/// "mixed", or "0-64KiB:direct,64KiB-:mixed", each algorithm with its largest chunk and its window
+/// if they are not to be those of the settings: "64KiB-:mixed/128KiB/8MiB". The ranges come in
+/// order and are every size there is; an error names the item that is wrong, or what lies between.
+Result<std::vector<SizeRange>> parseRanges(std::string_view text);
+/// The shortest text that parseRanges() reads as these ranges.
+std::string textOf(const std::vector<SizeRange>& ranges);
+
+/// The smallest unit without a fraction: "64KiB", "100".
+std::string sizeText(std::uint64_t nbytes);
+
 struct Settings {
   Algorithm algorithm = Algorithm::kAuto;
+  /// The algorithm by the bytes of a call, in order and without gaps; empty: `algorithm`, always.
+  std::vector<SizeRange> ranges;
   Carrier carrier = Carrier::kAuto;
   std::size_t chunk_bytes = 0;  ///< largest chunk; 0: chosen from the number of owners
   std::size_t window_bytes =
       0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default
   std::chrono::milliseconds connect_timeout{60'000};
   bool checksum = false;  ///< CRC32C of every payload
+
+  /// Takes what parseRanges() read.
+  void choose(std::vector<SizeRange> by_size);
+  /// What parseRanges() reads as this choice.
+  std::string algorithmText() const;
 };
 
 }  // namespace reducer::collective

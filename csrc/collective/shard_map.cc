@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "collective/shares.h"
 #include "common/check.h"
 #include "common/limits.h"
 
@@ -55,27 +56,21 @@ Algorithm ShardMap::resolve(Algorithm algorithm, std::uint32_t k) {
 }
 
 ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::size_t chunk_bytes,
+                   std::size_t window_bytes)
+    : ShardMap(ownerWeights(algorithm, Nics::equal(n, k)), chunk_bytes, window_bytes) {
+  REDUCER_CHECK(algorithm != Algorithm::kAuto);
+}
+
+ShardMap::ShardMap(const std::vector<std::uint64_t>& weights, std::size_t chunk_bytes,
                    std::size_t window_bytes) {
-  REDUCER_CHECK(algorithm != Algorithm::kAuto && n > 0);
-  std::uint64_t worker = 1;
-  std::uint64_t server = 0;
-  if (algorithm == Algorithm::kServer) {
-    REDUCER_CHECK(k > 0);
-    worker = 0;
-    server = 1;
-  } else if (algorithm == Algorithm::kMixed && k > 0 && n > 1) {
-    // docs/algorithms.md: the shares that load every NIC equally.
-    worker = k < n ? n - k : 0;
-    server = 2 * (static_cast<std::uint64_t>(n) - 1);
-  }
-  for (std::uint32_t i = 0; i < n + k; ++i) {
-    const std::uint64_t weight = i < n ? worker : server;
-    if (weight == 0) continue;
+  for (OwnerIndex i = 0; i < weights.size(); ++i) {
+    if (weights[i] == 0) continue;
     owners_.push_back(i);
-    weights_.push_back(weight);
-    weight_total_ += weight;
-    weight_max_ = std::max(weight_max_, weight);
+    weights_.push_back(weights[i]);
+    weight_total_ += weights[i];
+    weight_max_ = std::max(weight_max_, weights[i]);
   }
+  REDUCER_CHECK(!owners_.empty());
   const std::size_t m = owners_.size();
   const std::size_t window = window_bytes != 0 ? window_bytes : m * kWindowPerOwner;
   if (chunk_bytes == 0) {
@@ -87,9 +82,9 @@ ShardMap::ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::s
 }
 
 std::size_t ShardMap::windowBytes(OwnerIndex owner) const {
-  const auto found = std::find(owners_.begin(), owners_.end(), owner);
-  const std::uint64_t weight =
-      found == owners_.end() ? weight_max_ : weights_[found - owners_.begin()];
+  const auto found = std::lower_bound(owners_.begin(), owners_.end(), owner);
+  const bool owned = found != owners_.end() && *found == owner;
+  const std::uint64_t weight = owned ? weights_[found - owners_.begin()] : weight_max_;
   // At least two chunks, or the wire would idle while the reducer adds.
   return std::max<std::size_t>(scaled(window_bytes_, weight, weight_total_), 2 * chunk_bytes_);
 }
@@ -100,7 +95,12 @@ std::size_t ShardMap::windowBytesTotal() const {
   return total;
 }
 
-Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
+bool ShardMap::owns(OwnerIndex owner) const {
+  return std::binary_search(owners_.begin(), owners_.end(), owner);
+}
+
+Plan ShardMap::planFrom(OwnerIndex first, std::uint64_t nbytes) const {
+  const auto start = std::lower_bound(owners_.begin(), owners_.end(), first) - owners_.begin();
   Plan plan;
   plan.nbytes = nbytes;
   const std::size_t m =
@@ -108,7 +108,7 @@ Plan ShardMap::plan(std::uint64_t nbytes, std::uint64_t seq) const {
   plan.before.push_back(0);
   std::uint64_t weight_max = 0;
   for (std::size_t i = 0; i < m; ++i) {
-    const std::size_t at = (seq + i) % owners_.size();
+    const std::size_t at = (start + i) % owners_.size();
     plan.owners.push_back(owners_[at]);
     plan.before.push_back(plan.before.back() + weights_[at]);
     weight_max = std::max(weight_max, weights_[at]);

@@ -42,23 +42,31 @@ class Plan {
 /// The owners of a group with their shares. Immutable after construction; thread safe.
 class ShardMap {
  public:
-  /// n workers, k standalone reducers; `chunk_bytes` 0 and `window_bytes` 0 choose. `algorithm`
-  /// must not be kAuto; kRing gives the map of `direct` (for the collectives that are not
-  /// all-reduce).
+  /// An owner for each weight that is not 0 (ownerWeights()); `chunk_bytes` 0 and `window_bytes` 0
+  /// choose.
+  ShardMap(const std::vector<std::uint64_t>& weights, std::size_t chunk_bytes,
+           std::size_t window_bytes);
+  /// n workers, k standalone reducers, with NICs of one speed. `algorithm` must not be kAuto;
+  /// kRing gives the map of `direct` (for the collectives that are not all-reduce).
   ShardMap(Algorithm algorithm, std::uint32_t n, std::uint32_t k, std::size_t chunk_bytes,
            std::size_t window_bytes);
 
   /// What `auto` means for n workers and k standalone reducers.
   static Algorithm resolve(Algorithm algorithm, std::uint32_t k);
 
-  Plan plan(std::uint64_t nbytes, std::uint64_t seq) const;
+  Plan plan(std::uint64_t nbytes, std::uint64_t seq) const {
+    return planFrom(coordinator(seq), nbytes);
+  }
+  /// The same with chunk 0 at `first`, which must be an owner.
+  Plan planFrom(OwnerIndex first, std::uint64_t nbytes) const;
   /// A transfer that one owner has to itself.
   Plan planFor(OwnerIndex owner, std::uint64_t nbytes) const;
 
-  /// Owner of chunk 0 of operation `seq`, whatever the call: where calls are compared.
+  /// Owner of chunk 0 of operation `seq`, where a group has this map alone.
   OwnerIndex coordinator(std::uint64_t seq) const { return owners_[seq % owners_.size()]; }
 
   const std::vector<OwnerIndex>& owners() const { return owners_; }
+  bool owns(OwnerIndex owner) const;
   std::size_t chunkBytes() const { return chunk_bytes_; }
   /// Most chunk bytes that one worker has outstanding at this owner.
   std::size_t windowBytes(OwnerIndex owner) const;
@@ -68,7 +76,7 @@ class ShardMap {
  private:
   std::uint64_t roundsFor(std::uint64_t nbytes) const;
 
-  std::vector<OwnerIndex> owners_;
+  std::vector<OwnerIndex> owners_;      // rising
   std::vector<std::uint64_t> weights_;  // beside owners_
   std::uint64_t weight_total_ = 0;
   std::uint64_t weight_max_ = 0;

@@ -171,7 +171,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "parse_algorithm",
       [](const std::string& text) {
-        return std::string(collective::nameOf(valueOf(collective::parseAlgorithm(text))));
+        return collective::textOf(valueOf(collective::parseRanges(text)));
       },
       py::arg("text"));
 

@@ -137,7 +137,7 @@ class ReducerBackend final : public c10d::Backend {
 
   /// What the group has moved so far, and how. After shutdown() these raise.
   collective::GroupCounters counters() { return session()->group->counters(); }
-  collective::Algorithm algorithm() { return session()->group->algorithm(); }
+  std::vector<collective::SizeRange> ranges() { return session()->group->ranges(); }
 
  private:
   /// What ends with shutdown(). The group must go before the runtime.

@@ -70,9 +70,9 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.workers = std::move(workers);
   config.servers = std::move(servers);
   config.host = runtime::hostLabel();
-  Result<collective::Algorithm> parsed = collective::parseAlgorithm(algorithm);
+  Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
-  config.settings.algorithm = parsed.value();
+  config.settings.choose(std::move(parsed).value());
   config.places = std::move(places);
   config.settings.carrier = carrierOf(transport);
   config.settings.chunk_bytes = chunk_bytes;
@@ -89,9 +89,9 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
 }
 
 void setAlgorithm(ReducerOptions& options, const std::string& name) {
-  Result<collective::Algorithm> parsed = collective::parseAlgorithm(name);
+  Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(name);
   if (!parsed.ok()) raise(parsed.status(), "algorithm: ");
-  options.settings.algorithm = parsed.value();
+  options.settings.choose(std::move(parsed).value());
 }
 
 bool verifyTimeout(const ReducerBackend&, const c10::intrusive_ptr<c10d::Work>& work,
@@ -131,9 +131,7 @@ PYBIND11_MODULE(_torch, m) {
       m, "BackendOptions")
       .def_property(
           "algorithm",
-          [](const ReducerOptions& options) {
-            return std::string(reducer::collective::nameOf(options.settings.algorithm));
-          },
+          [](const ReducerOptions& options) { return options.settings.algorithmText(); },
           &setAlgorithm)
       .def_property_readonly("servers",
                              [](const ReducerOptions& options) { return options.servers; })
@@ -158,10 +156,9 @@ PYBIND11_MODULE(_torch, m) {
            py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"),
            py::arg("connect_timeout"), py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
-      .def_property_readonly("algorithm",
-                             [](ReducerBackend& backend) {
-                               return std::string(reducer::collective::nameOf(backend.algorithm()));
-                             })
+      .def_property_readonly(
+          "algorithm",
+          [](ReducerBackend& backend) { return reducer::collective::textOf(backend.ranges()); })
       .def("counters", &countersOf)
       // torch does not bind Work::abort().
       .def(

@@ -63,5 +63,56 @@ TEST(ParseAlgorithm, RoundTripsAndListsWhatThereIs) {
   EXPECT_NE(wrong.status().message().find("auto, direct, server, mixed, ring"), std::string::npos);
 }
 
+TEST(ParseRanges, TakesOneNameOrAnAlgorithmForEverySize) {
+  const auto one = parseRanges(" Mixed ").value();
+  EXPECT_EQ(one, std::vector<SizeRange>{{.algorithm = Algorithm::kMixed}});
+  const auto two = parseRanges("64KiB-:mixed, 0-64KiB:direct").value();
+  EXPECT_EQ(two, (std::vector<SizeRange>{{0, 65536, Algorithm::kDirect},
+                                         {65536, SizeRange::kNoEnd, Algorithm::kMixed}}));
+  const auto sized = parseRanges("0-:server/128KiB/8MiB").value();
+  EXPECT_EQ(
+      sized,
+      (std::vector<SizeRange>{{0, SizeRange::kNoEnd, Algorithm::kServer, 128 << 10, 8 << 20}}));
+}
+
+TEST(ParseRanges, TextsRoundTrip) {
+  for (const char* text : {"auto", "0-64KiB:direct,64KiB-:mixed", "0-100:ring,100-:server/64KiB",
+                           "0-1GiB:direct/0/3MiB,1GiB-:auto", "0-:mixed/4KiB"}) {
+    const std::string as_read = textOf(parseRanges(text).value());
+    EXPECT_EQ(parseRanges(as_read).value(), parseRanges(text).value()) << as_read;
+    Settings settings;
+    settings.choose(parseRanges(text).value());
+    EXPECT_EQ(settings.algorithmText(), as_read);
+  }
+  EXPECT_EQ(textOf(parseRanges("0-65536:direct,64KiB-:mixed").value()),
+            "0-64KiB:direct,64KiB-:mixed");
+}
+
+TEST(ParseRanges, NamesTheItemThatIsWrong) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"", "'' is no algorithm"},
+      {"0-64KiB:direct", "no algorithm is given from 64KiB on"},
+      {"4-:direct", "no algorithm is given for 0-4, before '4-:direct'"},
+      {"0-64KiB:direct,1MiB-:mixed", "given for 64KiB-1MiB, before '1MiB-:mixed'"},
+      {"0-2MiB:direct,1MiB-:mixed", "'0-2MiB:direct' and '1MiB-:mixed' overlap"},
+      {"0-:direct,0-:mixed", "overlap"},
+      {"0-64KiB:direct,64KiB-:tree", "'64KiB-:tree': 'tree' is no algorithm"},
+      {"0-64KiB:direct,", "item 2 is empty"},
+      {"0-64KiB:direct,mixed", "'mixed': it has no algorithm"},
+      {"0-64QiB:direct", "'64QiB' is no size"},
+      {"8-4:direct,4-:mixed", "'8-4:direct': it ends before it begins"},
+      {"64KiB:direct", "'64KiB' is no range"},
+      {"0-:direct/1KiB", "its chunk of 1KiB is outside of 4KiB to 16MiB"},
+      {"0-:direct/x", "'x' is no size"},
+      {"0-:direct/8KiB/y", "'y' is no size"}};
+  for (const auto& [text, expected] : cases) {
+    const auto ranges = parseRanges(text);
+    ASSERT_FALSE(ranges.ok()) << text;
+    EXPECT_EQ(ranges.status().code(), Code::kInvalidArgument);
+    EXPECT_NE(ranges.status().message().find(expected), std::string::npos)
+        << text << ": " << ranges.status().message();
+  }
+}
+
 }  // namespace
 }  // namespace reducer::collective

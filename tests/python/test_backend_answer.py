@@ -85,7 +85,13 @@ def addresses(module_reducers: Callable[..., list[str]]) -> tuple[str, ...]:
 
 
 # Algorithm, standalone reducers.
-WAYS = [("direct", 0), ("server", 1), ("server", 3), ("mixed", 2)]
+WAYS = [
+    ("direct", 0),
+    ("server", 1),
+    ("server", 3),
+    ("mixed", 2),
+    ("0-4KiB:direct,4KiB-64KiB:server,64KiB-:mixed/8KiB/256KiB", 2),
+]
 
 
 def test_the_samples_depend_on_the_order() -> None:

@@ -30,6 +30,7 @@ WORLDS = [
     (4, "server", 3),
     (4, "mixed", 2),
     (4, "ring", 0),
+    (3, "0-1KiB:server,1KiB-10KiB:ring,10KiB-:mixed", 2),
 ]
 
 

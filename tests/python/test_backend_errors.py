@@ -233,6 +233,26 @@ MALFORMED: dict[str, tuple[dict[str, str], str]] = {
     "switch": ({"REDUCER_CHECKSUM": "perhaps"}, "REDUCER_CHECKSUM: 'perhaps' is neither on nor off"),
     "log": ({"REDUCER_LOG": "loud"}, "REDUCER_LOG: 'loud' is not among"),
     "interface": ({"REDUCER_INTERFACE": "nosuch0"}, "REDUCER_INTERFACE: "),
+    "range without end": (
+        {"REDUCER_ALGORITHM": "0-64KiB:direct"},
+        "REDUCER_ALGORITHM: no algorithm is given from 64KiB on; end with a range like 64KiB-:direct",
+    ),
+    "ranges with a gap": (
+        {"REDUCER_ALGORITHM": "0-64KiB:direct,1MiB-:mixed"},
+        "REDUCER_ALGORITHM: no algorithm is given for 64KiB-1MiB, before '1MiB-:mixed'",
+    ),
+    "ranges that overlap": (
+        {"REDUCER_ALGORITHM": "0-2MiB:direct,1MiB-:mixed"},
+        "REDUCER_ALGORITHM: '0-2MiB:direct' and '1MiB-:mixed' overlap",
+    ),
+    "range of an unknown algorithm": (
+        {"REDUCER_ALGORITHM": "0-64KiB:direct,64KiB-:tree"},
+        "REDUCER_ALGORITHM: in '64KiB-:tree': 'tree' is no algorithm; there are auto, direct",
+    ),
+    "range of server without servers": (
+        {"REDUCER_ALGORITHM": "0-64KiB:direct,64KiB-:server"},
+        "REDUCER_ALGORITHM: '64KiB-:server' needs standalone reducers, and REDUCER_SERVERS is empty",
+    ),
     "server without servers": ({"REDUCER_ALGORITHM": "server"}, "'server' needs standalone reducers"),
 }
 
@@ -279,6 +299,12 @@ def test_settings_that_differ() -> None:
 def test_options_go_before_the_environment() -> None:
     with Ranks(1, {"REDUCER_ALGORITHM": "nonsense"}, init=False) as fresh:
         assert fresh.call(algorithm_with_option, "ring") == ["ring"]
+
+
+def test_algorithms_by_size_as_an_option() -> None:
+    with Ranks(1, {"REDUCER_ALGORITHM": "nonsense"}, init=False) as fresh:
+        given, written = "1MiB-:ring, 0-1024KiB:direct", "0-1MiB:direct,1MiB-:ring"
+        assert fresh.call(algorithm_with_option, given) == [written]
 
 
 def algorithm_with_option(algorithm: str) -> str:
