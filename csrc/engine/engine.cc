@@ -143,6 +143,7 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
     group->members.resize(hello.world_size);
   }
   REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
+  if (group->members[hello.rank].gone) --group->gone;
   group->members[hello.rank] = Member{peer, hello.host, false, {}};
   ++group->connected;
   places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
@@ -172,6 +173,7 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
   Member& member = group.members[place.rank];
   member.peer.reset();
   member.gone = true;
+  ++group.gone;
   member.gone_text = why.ok() ? "left the group" : "was lost (" + why.message() + ")";
   if (--group.connected == 0) {
     for (auto& [id, slot] : group.slots) drop(std::move(slot));
@@ -187,6 +189,7 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
 }
 
 bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
+  if (group.gone == 0) return false;  // asked at every push, of perhaps a thousand ranks
   for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
     const Member& member = group.members[rank];
     if (!member.gone || slot.arrived[rank] || !takesPart(group, slot, rank)) continue;
@@ -211,6 +214,16 @@ bool Engine::takesPart(const Group& group, const Slot& slot, Rank rank) {
   return isAmong(group, slot.head.pusher, rank) || isAmong(group, slot.head.puller, rank);
 }
 
+std::size_t Engine::participantsOf(const Group& group, const wire::Frame& head) {
+  if (head.pusher == kAllRanks || head.puller == kAllRanks) return group.members.size();
+  if (!isRail(head.pusher) && !isRail(head.puller)) return head.pusher == head.puller ? 1 : 2;
+  std::size_t participants = 0;
+  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) {
+    participants += isAmong(group, head.pusher, r) || isAmong(group, head.puller, r) ? 1 : 0;
+  }
+  return participants;
+}
+
 std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame,
                                               TimePoint now) {
   std::unique_ptr<Slot> slot;
@@ -221,6 +234,7 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
     spare_.pop_back();
   }
   slot->head = frame;
+  slot->participants = participantsOf(group, frame);
   const std::size_t pushers = isRail(frame.pusher)
                                   ? static_cast<std::size_t>(group.placement->hosts())
                                   : group.members.size();
@@ -349,11 +363,7 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   }
   // Nobody is answered before all are there: as long as one rank may still show another call, no
   // result may leave, or some ranks would have it and others an error.
-  std::size_t participants = 0;
-  for (Rank r = 0; r < static_cast<Rank>(group.members.size()); ++r) {
-    participants += takesPart(group, slot, r) ? 1 : 0;
-  }
-  if (slot.arrivals.size() < participants) {
+  if (slot.arrivals.size() < slot.participants) {
     failIfHopeless(group, slot, actions);
     return;
   }

@@ -136,6 +136,7 @@ class Engine {
   };
   struct Slot {
     wire::Frame head;                    // the first frame: what the others are compared with
+    std::size_t participants = 0;        // ranks that take part
     std::vector<Payload> contributions;  // by rank; of a rail by host; or one of the one pusher
     std::vector<Arrival> arrivals;       // in order of arrival
     std::vector<char> arrived;           // by rank
@@ -159,6 +160,7 @@ class Engine {
     std::shared_ptr<const Placement> placement;
     std::vector<Member> members;
     std::size_t connected = 0;
+    std::size_t gone = 0;  // members that are
     std::unordered_map<wire::SlotId, std::unique_ptr<Slot>, SlotHash> slots;
     std::deque<Failure> failures;
   };
@@ -171,6 +173,7 @@ class Engine {
                           const Payload& payload);
   static bool isAmong(const Group& group, Rank ranks, Rank rank);
   static bool takesPart(const Group& group, const Slot& slot, Rank rank);
+  static std::size_t participantsOf(const Group& group, const wire::Frame& head);
   static std::string nameRank(const Group& group, Rank rank);
   static std::string nameRanks(const Group& group, const std::vector<Rank>& ranks);
   static std::string nameOperation(const Group& group, const wire::Frame& head);
