@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <limits>
 
 #include "collective/ring.h"
@@ -25,17 +26,26 @@ std::uint64_t fnv1a(const std::string& text) {
   return hash;
 }
 
-std::string join(const std::vector<std::string>& items) {
+// A thousand of them would fill a message, and each of the worker's thousand links keeps this text:
+// of many the first, how many, and a digest of all.
+std::string namesOf(const std::vector<std::string>& servers) {
+  constexpr std::size_t kNamed = 16;
   std::string text;
-  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
-  return text;
+  for (const std::string& server : servers) text += (text.empty() ? "" : ",") + server;
+  if (servers.size() <= kNamed) return text;
+  char rest[64];
+  std::snprintf(rest, sizeof rest, " ... (%zu, digest %016llx)", servers.size(),
+                static_cast<unsigned long long>(fnv1a(text)));
+  std::size_t end = 0;
+  for (std::size_t i = 0; i < kNamed; ++i) end = text.find(',', end + 1);
+  return text.substr(0, end) + rest;
 }
 
 std::string settingsText(const GroupConfig& config, const Routes& routes) {
   return "algorithm " + textOf(routes.ranges()) + ", chunk " +
          std::to_string(routes.map().chunkBytes()) + " B, window " +
          std::to_string(routes.windowBytesTotal()) + " B, checksum " +
-         (config.settings.checksum ? "on" : "off") + ", servers '" + join(config.servers) + "'";
+         (config.settings.checksum ? "on" : "off") + ", servers '" + namesOf(config.servers) + "'";
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -120,7 +121,7 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   Status fatal_;                           // the owner's last words
   std::map<std::uint64_t, Queue> queues_;  // by operation lane
   std::unordered_map<wire::SlotId, Awaited, SlotHash> awaited_;
-  std::deque<wire::Frame> cancels_;  // go before pieces
+  std::list<wire::Frame> cancels_;  // go before pieces; a list, which costs nothing while empty
   bool pumping_ = false;
   bool pump_again_ = false;
   std::size_t outstanding_bytes_ = 0;
