@@ -117,9 +117,11 @@ SimNetwork::SimNetwork(SimOptions options) : state_(std::make_shared<State>(opti
 
 SimNetwork::~SimNetwork() { state_->stop(); }
 
-std::unique_ptr<Transport> SimNetwork::addHost(const std::string& name) {
-  return std::make_unique<SimTransport>(state_, state_->addHost(name));
+std::unique_ptr<Transport> SimNetwork::addHost(const std::string& name, double bytes_per_second) {
+  return std::make_unique<SimTransport>(state_, state_->addHost(name, bytes_per_second));
 }
+
+SimHostCounters SimNetwork::counters(const std::string& name) const { return state_->counters(name); }
 
 bool SimNetwork::step() { return state_->step(); }
 

@@ -11,6 +11,26 @@
 
 namespace reducer::transport {
 
+/// A host's NIC, full duplex. Its connections share each direction of it equally.
+struct NicModel {
+  double bytes_per_second =
+      0;  ///< each way, headers included; 0: frames take a latency and no more
+  /// A packet has so many bytes of a frame, and these of Ethernet, IP and TCP: of a line of
+  /// 1 Gbit/s, 0.956 carry frames.
+  std::size_t packet_bytes = 1448;
+  std::size_t header_bytes = 66;
+  std::size_t quantum_bytes = std::size_t{64} << 10;  ///< of a connection's turn
+};
+
+/// A host's processor: it works on each frame before it leaves and before the handler gets it, one
+/// frame after the other on each core. Only with NICs.
+struct ProcessorModel {
+  int cores = 0;        ///< 0: work takes no time
+  bool shared = false;  ///< all hosts have the cores together, as emulated hosts do
+  Duration per_frame = Duration::zero();
+  double ns_per_byte = 0;
+};
+
 struct SimOptions {
   std::uint64_t seed = 1;
   /// 0: nothing moves but in SimNetwork::step(), on the caller's thread, in virtual time
@@ -24,6 +44,24 @@ struct SimOptions {
   /// Payloads arrive cut into random pieces of 1 to this many bytes at random alignments (0: one
   /// piece).
   std::size_t piece_bytes_max = 0;
+  /// False: payloads arrive as references to the sender's memory, for runs too large to copy.
+  bool copies = true;
+  NicModel nic;  ///< virtual time only
+  ProcessorModel processor;
+};
+
+/// What a host's NIC and processor have done so far (all 0 without NICs), and its connections.
+struct SimHostCounters {
+  std::uint64_t sent_bytes = 0;  ///< on the wire, headers included
+  std::uint64_t received_bytes = 0;
+  std::uint64_t sent_frames = 0;
+  std::uint64_t received_frames = 0;
+  Duration sending{};    ///< time for which its NIC sent
+  Duration receiving{};  ///< time for which its NIC received
+  Duration working{};    ///< core time
+  /// Most bytes that had reached its port and waited for their turn: a switch's buffer.
+  std::uint64_t waiting_bytes_max = 0;
+  std::size_t connections = 0;
 };
 
 /// All simulated hosts and what lies between them. Outlives the transports that it makes.
@@ -35,14 +73,18 @@ class SimNetwork {
   SimNetwork(const SimNetwork&) = delete;
   SimNetwork& operator=(const SimNetwork&) = delete;
 
-  /// A process on a host of its own; listens at "name:port".
-  std::unique_ptr<Transport> addHost(const std::string& name);
+  /// A process on a host of its own; listens at "name:port". `bytes_per_second` is its NIC's rate,
+  /// 0: the options'.
+  std::unique_ptr<Transport> addHost(const std::string& name, double bytes_per_second = 0);
 
   /// Virtual time: does the next event (frame, close, timer, posted task). False if there is none.
   bool step();
   /// Virtual time: steps until `done()` or until `limit` of virtual time has passed. True if done.
   bool runUntil(const std::function<bool()>& done, Duration limit);
   TimePoint now() const;
+
+  /// Of a host that was added and not killed.
+  SimHostCounters counters(const std::string& name) const;
 
   /// kill -9: connections of this host end at the other side with kUnavailable (after a latency),
   /// nothing is delivered to it any more, its timers stop, connects to it go unanswered.

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "transport/address.h"
 #include "transport/sim/world.h"
@@ -58,12 +59,11 @@ std::shared_ptr<Endpoint> World::connect(const std::shared_ptr<Host>& host,
   if (!parseAddress(address)) {
     endpoint->closing = true;
     endpoint->reason = Status(Code::kInvalidArgument, "'" + address + "' is not HOST:PORT");
-    pushEndpointEvent(Event::Kind::kEnd, endpoint, nowHeld());
+    pushEvent(Event::Kind::kEnd, endpoint, nowHeld());
     return endpoint;
   }
   endpoint->connecting = true;
-  pushEndpointEvent(Event::Kind::kAttempt, endpoint,
-                    std::min(nowHeld() + delay(), endpoint->deadline));
+  pushEvent(Event::Kind::kAttempt, endpoint, std::min(nowHeld() + delay(), endpoint->deadline));
   return endpoint;
 }
 
@@ -76,7 +76,7 @@ bool World::attempt(Held& held, const std::shared_ptr<Endpoint>& from) {
   }
   const TimePoint now = nowHeld();
   if (now < from->deadline) {
-    pushEndpointEvent(Event::Kind::kAttempt, from, std::min(now + kRetryInterval, from->deadline));
+    pushEvent(Event::Kind::kAttempt, from, std::min(now + kRetryInterval, from->deadline));
     return false;
   }
   // Also where close() was waiting to flush: what was queued has not been sent.
@@ -103,7 +103,7 @@ void World::establish(Held& held, const std::shared_ptr<Endpoint>& from,
   from->unsent.clear();
   if (from->closing) {
     tellPeer(held, *from, asSeenByPeer(*from), /*flush=*/true);
-    pushEndpointEvent(Event::Kind::kEnd, from, to->last_due);
+    pushEvent(Event::Kind::kEnd, from, to->last_due);
   }
   to->ready.push_back({Item::Kind::kAccept, {}, {}});
   run(held, to);
@@ -128,15 +128,24 @@ void World::transmit(Held& held, Endpoint& from, Message message) {
     held.trash.add(std::move(message));
     return;
   }
+  if (from.host->nic) {
+    enterNic(from, {Item::Kind::kMessage, std::move(message), {}});
+    return;
+  }
   to->last_due = std::max(to->last_due, nowHeld() + delay());
   to->inbound.push_back({to->last_due, {Item::Kind::kMessage, std::move(message), {}}});
-  pushEndpointEvent(Event::Kind::kArrive, to, to->last_due);
+  pushEvent(Event::Kind::kArrive, to, to->last_due);
 }
 
 /// The other end learns of the end after all that was sent, or, without flush, ahead of part of it.
 void World::tellPeer(Held& held, Endpoint& from, const Status& status, bool flush) {
   const std::shared_ptr<Endpoint>& to = from.peer;
   if (!to || to->closed || to->host->gone) return;
+  if (from.flow && flush && !from.flow->parcels.empty()) {
+    enterNic(from, {Item::Kind::kEnd, {}, status});
+    return;
+  }
+  if (from.flow && !flush) drop(held, *from.flow);
   TimePoint when = nowHeld() + delay();
   if (flush) when = std::max(when, to->last_due);
   while (!to->inbound.empty() && to->inbound.back().due > when) {
@@ -145,7 +154,7 @@ void World::tellPeer(Held& held, Endpoint& from, const Status& status, bool flus
   }
   to->last_due = when;
   to->inbound.push_back({when, {Item::Kind::kEnd, {}, status}});
-  pushEndpointEvent(Event::Kind::kArrive, to, when);
+  pushEvent(Event::Kind::kArrive, to, when);
 }
 
 void World::close(const std::shared_ptr<Endpoint>& endpoint, const Status& reason, bool flush) {
@@ -159,7 +168,7 @@ void World::close(const std::shared_ptr<Endpoint>& endpoint, const Status& reaso
   TimePoint when = nowHeld();
   if (flush && endpoint->peer) when = std::max(when, endpoint->peer->last_due);
   settle(held, *endpoint, reason, flush);
-  pushEndpointEvent(Event::Kind::kEnd, endpoint, when);
+  pushEvent(Event::Kind::kEnd, endpoint, when);
 }
 
 /// Nothing goes in or out any more, and the other end will be told; onClosed is still to come.
@@ -196,8 +205,7 @@ bool World::arrive(Held& held, const std::shared_ptr<Endpoint>& to, TimePoint at
   // Events outlive what they announced: a cut, a pause or an end may have come between.
   if (to->closed || to->inbound.empty() || to->inbound.front().due > at || isHeld(*to))
     return false;
-  to->ready.push_back(std::move(to->inbound.front().item));
-  to->inbound.pop_front();
+  to->ready.push_back(to->inbound.pop_front().item);
   run(held, to);
   return true;
 }
@@ -208,7 +216,7 @@ void World::retime(const std::shared_ptr<Endpoint>& to) {
   for (Transit& transit : to->inbound) {
     due = std::max({due, transit.due, nowHeld() + delay()});
     transit.due = due;
-    pushEndpointEvent(Event::Kind::kArrive, to, due);
+    pushEvent(Event::Kind::kArrive, to, due);
   }
   to->last_due = std::max(to->last_due, due);
 }
@@ -219,8 +227,7 @@ void World::run(Held& held, const std::shared_ptr<Endpoint>& endpoint) {
   endpoint->running = true;
   endpoint->runner = std::this_thread::get_id();
   while (!endpoint->ready.empty()) {
-    Item item = std::move(endpoint->ready.front());
-    endpoint->ready.pop_front();
+    Item item = endpoint->ready.pop_front();
     if (endpoint->closed) {
       held.trash.items.push_back(std::move(item));
     } else if (item.kind == Item::Kind::kEnd) {
@@ -260,8 +267,7 @@ void World::deliver(Held& held, const std::shared_ptr<Endpoint>& endpoint, Messa
   const std::uint64_t seed = random_.next();
   std::shared_ptr<Handler> handler = endpoint->handler;
   callOut(held, endpoint->host.get(), [&] {
-    const Payload arrived = carry(message, seed);
-    message = {};  // sent: the sender's memory is free
+    const Payload arrived = carry(std::exchange(message, {}), seed);
     auto decoded = wire::decode(arrived);
     if (decoded.ok()) {
       wire::Decoded whole = std::move(decoded).value();
@@ -285,10 +291,18 @@ void World::refuse(const std::shared_ptr<Endpoint>& endpoint, const Status& why)
 }
 
 /// Copies a message into fresh memory, as a network does, in pieces and at alignments that the seed
-/// gives.
-Payload World::carry(const Message& message, std::uint64_t seed) const {
+/// gives; the sender's memory is free afterwards. Without copies: what was sent.
+Payload World::carry(Message message, std::uint64_t seed) const {
   const std::size_t total = message.header.size() + message.payload.nbytes();
   if (total == 0) return {};
+  if (!options_.copies) {
+    const auto whole = std::make_shared<const Message>(std::move(message));
+    std::vector<Bytes> parts;
+    parts.reserve(1 + whole->payload.pieces().size());
+    if (!whole->header.empty()) parts.emplace_back(whole->header);
+    parts.insert(parts.end(), whole->payload.pieces().begin(), whole->payload.pieces().end());
+    return Payload(std::move(parts), whole);
+  }
   Random random(seed);
   struct Place {
     std::size_t offset;
@@ -344,6 +358,7 @@ void World::letGo(Held& held, Endpoint& endpoint) {
   endpoint.connecting = false;
   held.trash.add(std::move(endpoint.handler));
   held.trash.add(std::move(endpoint.peer));
+  held.trash.add(std::move(endpoint.flow));
   discard(held, endpoint);
 }
 

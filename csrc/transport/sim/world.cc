@@ -15,6 +15,7 @@ World::World(SimOptions options)
   REDUCER_CHECK(options.threads >= 0);
   REDUCER_CHECK(options.latency_min >= Duration::zero() &&
                 options.latency_max >= options.latency_min);
+  REDUCER_CHECK(options.threads == 0 || options.nic.bytes_per_second <= 0);
 }
 
 World::~World() { REDUCER_CHECK(threads_.empty()); }
@@ -32,16 +33,15 @@ void World::stop() {
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   Held held(*this);
-  for (; !events_.empty(); events_.pop()) {
-    held.trash.add(std::shared_ptr(events_.top().endpoint));
-    held.trash.add(std::shared_ptr(events_.top().timer));
-  }
+  for (; !events_.empty(); events_.pop()) held.trash.add(std::shared_ptr(events_.top().subject));
+  for (const auto& host : replaced_) clearNic(held, *host);
   for (const auto& [name, host] : hosts_) {
     host->gone = true;
     for (const auto& [id, endpoint] : host->endpoints) letGo(held, *endpoint);
     host->endpoints.clear();
     for (auto& task : host->tasks) held.trash.add(std::move(task));
     host->tasks.clear();
+    clearNic(held, *host);
   }
   for (auto& [address, listener] : listeners_) held.trash.add(std::move(listener->acceptor));
   listeners_.clear();
@@ -61,19 +61,9 @@ Duration World::delay() {
   return options_.latency_min + Duration(random_.upTo(static_cast<std::uint64_t>(spread.count())));
 }
 
-void World::pushEvent(Event event) {
-  event.order = next_order_++;
-  events_.push(std::move(event));
+void World::pushEvent(Event::Kind kind, std::shared_ptr<void> subject, TimePoint at) {
+  events_.push({at, next_order_++, kind, std::move(subject)});
   wake_.notify_one();
-}
-
-void World::pushEndpointEvent(Event::Kind kind, const std::shared_ptr<Endpoint>& endpoint,
-                              TimePoint at) {
-  Event event;
-  event.at = at;
-  event.kind = kind;
-  event.endpoint = endpoint;
-  pushEvent(std::move(event));
 }
 
 World::Event World::popEvent() {
@@ -83,49 +73,56 @@ World::Event World::popEvent() {
   return event;
 }
 
-bool World::handle(Held& held, Event& event) {
+bool World::handle(Held& held, const Event& event) {
   switch (event.kind) {
     case Event::Kind::kArrive:
-      return arrive(held, event.endpoint, event.at);
+      return arrive(held, event.of<Endpoint>(), event.at);
     case Event::Kind::kAttempt:
-      return attempt(held, event.endpoint);
-    case Event::Kind::kEnd:
-      if (event.endpoint->closed || event.endpoint->host->gone) return false;
-      event.endpoint->ready.push_back({Item::Kind::kEnd, {}, event.endpoint->reason});
-      run(held, event.endpoint);
+      return attempt(held, event.of<Endpoint>());
+    case Event::Kind::kEnd: {
+      const auto endpoint = event.of<Endpoint>();
+      if (endpoint->closed || endpoint->host->gone) return false;
+      endpoint->ready.push_back({Item::Kind::kEnd, {}, endpoint->reason});
+      run(held, endpoint);
       return true;
+    }
     case Event::Kind::kTick:
-      return handleTick(held, event);
-    case Event::Kind::kTask:
-      return handleTask(held, event);
+      return handleTick(held, event.of<TimerState>());
+    case Event::Kind::kTask: {
+      const auto host = event.of<Host>();
+      if (host->gone || host->tasks.empty()) return false;
+      runTask(held, *host);
+      return true;
+    }
+    case Event::Kind::kRelease:
+      release(event.of<Flow>());
+      return true;
+    case Event::Kind::kSent:
+      served(held, event.of<Host>(), Nic::kOut);
+      return true;
+    case Event::Kind::kReach:
+      reach(event.of<Flow>());
+      return true;
+    case Event::Kind::kReceived:
+      served(held, event.of<Host>(), Nic::kIn);
+      return true;
   }
   return false;
 }
 
-bool World::handleTick(Held& held, Event& event) {
-  TimerState& timer = *event.timer;
-  if (timer.cancelled || timer.host->gone) return false;
-  auto tick = timer.tick;
+bool World::handleTick(Held& held, const std::shared_ptr<TimerState>& timer) {
+  if (timer->cancelled || timer->host->gone) return false;
+  auto tick = timer->tick;
   const TimePoint now = nowHeld();
-  timer.running = true;
-  timer.runner = std::this_thread::get_id();
-  callOut(held, timer.host.get(), [&] {
+  timer->running = true;
+  timer->runner = std::this_thread::get_id();
+  callOut(held, timer->host.get(), [&] {
     (*tick)(now);
     tick.reset();
   });
-  timer.running = false;
-  if (timer.cancelled) return true;
-  Event next;
-  next.at = nowHeld() + timer.interval;
-  next.kind = Event::Kind::kTick;
-  next.timer = event.timer;
-  pushEvent(std::move(next));
-  return true;
-}
-
-bool World::handleTask(Held& held, Event& event) {
-  if (event.host->gone || event.host->tasks.empty()) return false;
-  runTask(held, *event.host);
+  timer->running = false;
+  if (timer->cancelled) return true;
+  pushEvent(Event::Kind::kTick, timer, nowHeld() + timer->interval);
   return true;
 }
 
@@ -143,7 +140,7 @@ bool World::stepOnce(TimePoint end, bool& any) {
   Held held(*this);
   any = !events_.empty() && events_.top().at <= end;
   if (!any) return false;
-  Event event = popEvent();
+  const Event event = popEvent();
   virtual_now_ = std::max(virtual_now_, event.at);
   return handle(held, event);
 }
@@ -183,7 +180,7 @@ void World::work() {
       wake_.wait_until(held.lock, at);
       continue;
     }
-    Event event = popEvent();
+    const Event event = popEvent();
     // The wake-up for several events may have come to this thread alone; the rest is for another.
     if (!events_.empty()) wake_.notify_one();
     handle(held, event);
@@ -209,12 +206,15 @@ std::shared_ptr<Host> World::findHost(const std::string& name) const {
   return found == hosts_.end() || found->second->gone ? nullptr : found->second;
 }
 
-std::shared_ptr<Host> World::addHost(const std::string& name) {
+std::shared_ptr<Host> World::addHost(const std::string& name, double bytes_per_second) {
   const Held held(*this);
   REDUCER_CHECK(findHost(name) == nullptr);  // a name may be used again once its host is gone
   auto host = std::make_shared<Host>();
   host->name = name;
-  hosts_[name] = host;
+  host->nic = makeNic(bytes_per_second);
+  std::shared_ptr<Host>& place = hosts_[name];
+  if (place) replaced_.push_back(std::move(place));
+  place = host;
   return host;
 }
 
@@ -245,6 +245,7 @@ void World::kill(const std::string& name) {
       }
       endpoint->peer->inbound.clear();
     }
+    if (endpoint->flow) drop(held, *endpoint->flow);
     tellPeer(held, *endpoint,
              Status(Code::kUnavailable, "lost the connection to " + endpoint->own_address +
                                             ": its process or host went away"),
@@ -254,6 +255,7 @@ void World::kill(const std::string& name) {
     endpoint->connecting = false;
     discard(held, *endpoint);
     held.trash.add(std::move(endpoint->peer));
+    held.trash.add(std::move(endpoint->flow));
   }
   waitForCallsOf(held, host.get());
 }
@@ -327,11 +329,7 @@ std::shared_ptr<TimerState> World::every(const std::shared_ptr<Host>& host, Dura
   timer->interval = interval;
   timer->tick = std::make_shared<const std::function<void(TimePoint)>>(std::move(tick));
   const Held held(*this);
-  Event event;
-  event.at = nowHeld() + interval;
-  event.kind = Event::Kind::kTick;
-  event.timer = timer;
-  pushEvent(std::move(event));
+  pushEvent(Event::Kind::kTick, timer, nowHeld() + interval);
   return timer;
 }
 
@@ -351,11 +349,7 @@ void World::post(const std::shared_ptr<Host>& host, std::function<void()> task) 
     return;
   }
   host->tasks.push_back(std::move(shared));
-  Event event;
-  event.at = nowHeld();
-  event.kind = Event::Kind::kTask;
-  event.host = host;
-  pushEvent(std::move(event));
+  pushEvent(Event::Kind::kTask, host, nowHeld());
 }
 
 }  // namespace reducer::transport::sim

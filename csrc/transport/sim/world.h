@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "transport/sim/nic.h"
 #include "transport/sim/random.h"
 #include "transport/sim/sim.h"
 #include "transport/transport.h"
@@ -35,6 +36,7 @@ struct Host {
   std::uint16_t last_port = 49151;
   std::map<std::uint64_t, std::shared_ptr<Endpoint>> endpoints;    ///< not yet closed, by id
   std::deque<std::shared_ptr<const std::function<void()>>> tasks;  ///< an event each
+  std::unique_ptr<Nic> nic;                                        ///< null: no NIC model
 
   std::uint16_t nextPort() { return last_port = last_port == 65535 ? 49152 : last_port + 1; }
 };
@@ -54,20 +56,6 @@ struct TimerState {
   std::thread::id runner;
 };
 
-/// An encoded frame. The payload stays in the sender's memory until it arrives.
-struct Message {
-  std::vector<std::byte> header;
-  Payload payload;
-};
-
-/// What comes to an endpoint, in order.
-struct Item {
-  enum class Kind { kAccept, kMessage, kEnd };
-  Kind kind = Kind::kMessage;
-  Message message;
-  Status end;
-};
-
 struct Transit {
   TimePoint due;
   Item item;
@@ -83,15 +71,16 @@ struct Endpoint {
   std::shared_ptr<Handler> handler;
   std::shared_ptr<ListenerState> listener;  ///< of an accepted connection
   std::shared_ptr<Endpoint> peer;           ///< until closed
+  std::shared_ptr<Flow> flow;               ///< through the NICs; null: none, or nothing sent yet
 
-  std::deque<Transit> inbound;
+  Fifo<Transit> inbound;
   TimePoint last_due;
-  std::deque<Item> ready;
+  Fifo<Item> ready;
   bool running = false;
   std::thread::id runner;
 
   bool connecting = false;
-  std::deque<Message> unsent;  ///< while connecting
+  Fifo<Message> unsent;  ///< while connecting
   TimePoint deadline;
   Duration timeout{};
 
@@ -140,7 +129,8 @@ class World : public std::enable_shared_from_this<World> {
   void stop();
 
   // For SimNetwork (world.cc).
-  std::shared_ptr<Host> addHost(const std::string& name);
+  std::shared_ptr<Host> addHost(const std::string& name, double bytes_per_second = 0);
+  SimHostCounters counters(const std::string& name);
   bool step();
   bool runUntil(const std::function<bool()>& done, Duration limit);
   TimePoint now();
@@ -169,13 +159,15 @@ class World : public std::enable_shared_from_this<World> {
   using EndpointList = std::vector<std::shared_ptr<Endpoint>>;
 
   struct Event {
-    enum class Kind { kArrive, kEnd, kAttempt, kTick, kTask };
+    enum class Kind { kArrive, kEnd, kAttempt, kTick, kTask, kRelease, kSent, kReach, kReceived };
     TimePoint at;
     std::uint64_t order = 0;  // among events of one time
     Kind kind = Kind::kTask;
-    std::shared_ptr<Endpoint> endpoint;
-    std::shared_ptr<TimerState> timer;
-    std::shared_ptr<Host> host;
+    std::shared_ptr<void> subject;  // what the kind is about: an endpoint, timer, host or flow
+    template <class T>
+    std::shared_ptr<T> of() const {
+      return std::static_pointer_cast<T>(subject);
+    }
   };
   struct Later {
     bool operator()(const Event& a, const Event& b) const {
@@ -190,15 +182,13 @@ class World : public std::enable_shared_from_this<World> {
 
   // Events (world.cc).
   TimePoint nowHeld() const;
-  void pushEvent(Event event);
-  void pushEndpointEvent(Event::Kind kind, const std::shared_ptr<Endpoint>& endpoint, TimePoint at);
+  void pushEvent(Event::Kind kind, std::shared_ptr<void> subject, TimePoint at);
   /// Does the next event, if any is due until `end`. False if it was void: what it announced is
   /// gone.
   bool stepOnce(TimePoint end, bool& any);
   Event popEvent();
-  bool handle(Held& held, Event& event);
-  bool handleTick(Held& held, Event& event);
-  bool handleTask(Held& held, Event& event);
+  bool handle(Held& held, const Event& event);
+  bool handleTick(Held& held, const std::shared_ptr<TimerState>& timer);
   void runTask(Held& held, Host& host);
   void work();
   /// Runs `call` without the mutex, as a call of `host`.
@@ -230,7 +220,21 @@ class World : public std::enable_shared_from_this<World> {
   /// Closes and calls onClosed before it returns (but for an endpoint whose handler this very
   /// thread is in).
   void closeNow(Held& held, const EndpointList& endpoints, const Status& reason);
-  Payload carry(const Message& message, std::uint64_t seed) const;
+  Payload carry(Message message, std::uint64_t seed) const;
+
+  // NICs (nic.cc).
+  std::unique_ptr<Nic> makeNic(double bytes_per_second);
+  TimePoint worked(Nic& nic, const Item& item);
+  void enterNic(Endpoint& from, Item item);
+  void release(const std::shared_ptr<Flow>& flow);
+  void reach(const std::shared_ptr<Flow>& flow);
+  void takeTurns(const std::shared_ptr<Flow>& flow, Nic::Side side);
+  void serveTurns(const std::shared_ptr<Host>& host, Nic::Side side);
+  void serve(const std::shared_ptr<Host>& host, const std::shared_ptr<Flow>& flow, Nic::Side side);
+  void served(Held& held, const std::shared_ptr<Host>& host, Nic::Side side);
+  void leaveNic(Held& held, Flow& flow, std::uint32_t segment);
+  static void drop(Held& held, Flow& flow);
+  static void clearNic(Held& held, Host& host);
 
   const SimOptions options_;
   std::mutex mutex_;
@@ -242,6 +246,8 @@ class World : public std::enable_shared_from_this<World> {
   std::uint64_t next_order_ = 0;
   std::uint64_t next_endpoint_ = 0;
   std::map<std::string, std::shared_ptr<Host>> hosts_;
+  std::vector<std::shared_ptr<Host>> replaced_;  // gone, and their names are others' now
+  std::shared_ptr<Processor> processor_;         // the last that was made
   std::map<std::string, std::shared_ptr<ListenerState>> listeners_;  // by address
   std::vector<Call> calls_;
   bool stopping_ = false;
