@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # A folder of csrc and the folders that it may include, itself aside. docs/architecture.md draws it. What carries the
-# frames (transport/grpc) is known only to those that set a process up; the simulation only to tests.
+# frames (transport/grpc) is known only to those that set a process up; the simulated network only to tests and to
+# `simulate`, which sets up whole jobs on it.
 MAY_INCLUDE: dict[str, frozenset[str]] = {
     "common": frozenset(),
     "kernels": frozenset({"common"}),
@@ -24,9 +25,12 @@ MAY_INCLUDE: dict[str, frozenset[str]] = {
     "transport/sim": frozenset({"common", "wire", "transport"}),
     "server": frozenset({"common", "wire", "engine", "transport"}),
     "collective": frozenset({"common", "kernels", "local", "wire", "engine", "transport", "server"}),
+    "simulate": frozenset({"common", "transport", "transport/sim", "server", "collective"}),
     "runtime": frozenset({"common", "wire", "transport", "transport/grpc", "server", "collective"}),
     "torch": frozenset({"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime"}),
-    "python": frozenset({"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime"}),
+    "python": frozenset(
+        {"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime", "simulate"}
+    ),
     "reducerd": frozenset({"common", "transport", "transport/grpc", "server", "collective", "runtime"}),
 }
 
