@@ -1,6 +1,7 @@
 """The native module that needs no torch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -75,3 +76,37 @@ class AddProbe:
     def __init__(self, buffer_bytes: int) -> None: ...
     def run(self) -> int:
         """Adds once. The bytes of memory moved: two reads and a write."""
+
+class Simulation:
+    """A whole job on a simulated network: the library's own engine and exchange, timed by a model of NICs.
+
+    Deterministic. Not thread-safe. Rates in bytes/s, 0 for `reducer_bytes_per_second`, `chunk_bytes` and
+    `window_bytes`: as usual; 0 `cores`: processors cost no time. `check`: tensors of its own for each rank, and
+    results compared. Both it and measure() run without the GIL and can be interrupted. InvalidArgument.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        reducers: int,
+        algorithm: str,
+        bytes_per_second: float,
+        reducer_bytes_per_second: float,
+        latency_s: float,
+        jitter_s: float,
+        chunk_bytes: int,
+        window_bytes: int,
+        quantum_bytes: int,
+        cores: int,
+        shared_cores: bool,
+        frame_s: float,
+        byte_s: float,
+        seed: int,
+        check: bool,
+    ) -> None: ...
+    def measure(self, nbytes: int, iterations: int) -> dict[str, Any]:
+        """All-reduces of float32 in a row; keys as in csrc/simulate/simulation.h's Measurement."""
+
+    def shape(self) -> dict[str, Any]:
+        """What does not change with the tensor: algorithm, window, promised memory, connections."""

@@ -1,4 +1,4 @@
-"""The command ``reducer``: serve, stats, bench, info.
+"""The command ``reducer``: serve, stats, bench, simulate, info.
 
 It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` needs it.
 """
@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -161,24 +162,37 @@ def _print_stats(address: str, reply: dict[str, Any]) -> None:
     console.print(groups)
 
 
-@app.command(
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+# The options of these commands are where their code is, which imports more than a reducer's host need have.
+_APART = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(add_help_option=False, context_settings=_APART)
 def bench(context: typer.Context) -> None:
     """Time and check collectives, several backends side by side."""
     try:
-        # Here, because it imports torch; it also has the options.
+        # It imports torch.
         from reducer.bench import bench_command
     except ModuleNotFoundError as error:
         raise ReducerError(f"the benchmark needs {error.name}: pip install 'reducer[bench]'") from error
-    measure = typer.Typer(
+    _run_apart(bench_command, context)
+
+
+@app.command(add_help_option=False, context_settings=_APART)
+def simulate(context: typer.Context) -> None:
+    """Time all-reduces of a cluster of any size on a model of its network."""
+    from reducer.simulate import simulate_command
+
+    _run_apart(simulate_command, context)
+
+
+def _run_apart(command: Callable[..., None], context: typer.Context) -> None:
+    apart = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    measure.command()(bench_command)
-    measure(context.args, prog_name="reducer bench")
+    apart.command()(command)
+    apart(context.args, prog_name=f"reducer {context.info_name}")
 
 
 @app.command()

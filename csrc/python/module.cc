@@ -12,6 +12,8 @@
 #include "common/types.h"
 #include "kernels/reduce.h"
 #include "python/probes.h"
+#include "python/raise.h"
+#include "python/simulation.h"
 #include "runtime/runtime.h"
 
 namespace py = pybind11;
@@ -19,20 +21,7 @@ namespace py = pybind11;
 namespace reducer {
 namespace {
 
-/// Raises the exception of reducer.errors that stands for a Status.
-[[noreturn]] void raise(const Status& status) {
-  const py::object error =
-      py::module_::import("reducer.errors")
-          .attr("from_code")(static_cast<int>(status.code()), status.message());
-  PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
-  throw py::error_already_set();
-}
-
-template <class T>
-T valueOf(Result<T> result) {
-  if (!result.ok()) raise(result.status());
-  return std::move(result).value();
-}
+using python::valueOf;
 
 template <class Call>
 auto withoutGil(Call call) {
@@ -154,7 +143,7 @@ void narrowFloat8(const std::string& dtype, const py::object& values, const py::
 
 PYBIND11_MODULE(_core, m) {
   using namespace reducer;  // NOLINT(google-build-using-namespace): the module is its interface
-  m.doc() = "The part of reducer that needs no torch: settings, addresses, kernels.";
+  m.doc() = "The part of reducer that needs no torch: settings, addresses, kernels, simulation.";
   m.attr("version") = REDUCER_VERSION;
   m.attr("torch_version") = REDUCER_TORCH_VERSION;
   m.attr("protocol_version") = kProtocolVersion;
@@ -211,6 +200,7 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("name"));
 
+  python::addSimulation(m);
   py::class_<python::EngineProbe>(m, "EngineProbe")
       .def(py::init<int, std::size_t, std::size_t>(), py::arg("ranks"), py::arg("chunk_bytes"),
            py::arg("buffer_bytes"))

@@ -121,7 +121,9 @@ std::unique_ptr<Transport> SimNetwork::addHost(const std::string& name, double b
   return std::make_unique<SimTransport>(state_, state_->addHost(name, bytes_per_second));
 }
 
-SimHostCounters SimNetwork::counters(const std::string& name) const { return state_->counters(name); }
+SimHostCounters SimNetwork::counters(const std::string& name) const {
+  return state_->counters(name);
+}
 
 bool SimNetwork::step() { return state_->step(); }
 
