@@ -77,6 +77,10 @@ def serve(
             "has, as bbr.",
         ),
     ] = "auto",
+    transport: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What workers' data may come by: auto (tcp and gRPC, on one port) or grpc."),
+    ] = "auto",
 ) -> None:
     """Run a reduction server on this host, until a signal ends it.
 
@@ -94,6 +98,7 @@ def serve(
     from reducer.serve import serve as start
 
     arguments = ["--listen", listen, "--grace", str(grace), "--congestion-control", congestion_control]
+    arguments += ["--transport", transport]
     if threads is not None:
         arguments += ["--threads", str(threads)]
     if memory_limit is not None:

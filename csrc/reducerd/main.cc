@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <ctime>
 #include <memory>
+#include <utility>
 
 #include "common/limits.h"
 #include "reducerd/control.h"
@@ -10,7 +11,7 @@
 #include "reducerd/query.h"
 #include "runtime/runtime.h"
 #include "server/server.h"
-#include "transport/grpc/factory.h"
+#include "transport/hosts/factory.h"
 
 namespace reducer::reducerd {
 namespace {
@@ -36,11 +37,12 @@ bool waitForSignal(const sigset_t& signals, std::chrono::milliseconds timeout) {
 int serve(const Options& options) {
   const sigset_t signals = blockSignals();
   Control control;
-  transport::GrpcOptions grpc;
-  grpc.threads = options.threads;
-  grpc.congestion_control = options.congestion_control;
-  grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
-  const auto transport = transport::makeGrpcTransport(grpc);
+  transport::HostsOptions hosts;
+  hosts.network = options.network;
+  hosts.grpc.threads = options.threads;
+  hosts.grpc.congestion_control = options.congestion_control;
+  hosts.grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
+  const auto transport = transport::makeHostsTransport(std::move(hosts));
   server::ServerOptions settings;
   settings.standalone = true;
   settings.memory_limit_bytes = options.memory_limit_bytes;

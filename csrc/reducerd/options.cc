@@ -48,7 +48,7 @@ std::string readableSize(std::size_t nbytes) {
 std::string helpText() {
   return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace "
          "SECONDS]\n"
-         "                      [--congestion-control NAME]\n"
+         "                      [--congestion-control NAME] [--transport auto|grpc]\n"
          "\n"
          "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
          "\n"
@@ -64,6 +64,9 @@ std::string helpText() {
          "                       of its TCP connections: auto (reno where the kernel permits it), "
          "system, or a name\n"
          "                       that the kernel has, as bbr (default auto)\n"
+         "  --transport NAME     what workers' data may come by: auto (tcp and gRPC, on one port) "
+         "or "
+         "grpc (default auto)\n"
          "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and "
          "end\n"
          "  --version, --help\n"
@@ -83,6 +86,7 @@ Result<Options> parseOptions(int argc, char** argv) {
                           {"memory-limit", required_argument, nullptr, 'm'},
                           {"grace", required_argument, nullptr, 'g'},
                           {"congestion-control", required_argument, nullptr, 'c'},
+                          {"transport", required_argument, nullptr, 'n'},
                           {"stats", required_argument, nullptr, 's'},
                           {"help", no_argument, nullptr, 'h'},
                           {"version", no_argument, nullptr, 'v'},
@@ -120,6 +124,12 @@ Result<Options> parseOptions(int argc, char** argv) {
       case 'c':
         options.congestion_control = optarg;
         break;
+      case 'n':
+        if (const std::string name = optarg; name == "auto" || name == "grpc") {
+          options.network = name == "grpc" ? transport::Network::kGrpc : transport::Network::kAuto;
+          break;
+        }
+        return wrong("--transport", "'" + std::string(optarg) + "' is not among auto, grpc");
       case 's':
         options.stats_of = optarg;
         break;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/status.h"
+#include "transport/hosts/factory.h"
 
 namespace reducer::reducerd {
 
@@ -15,6 +16,7 @@ struct Options {
   std::size_t memory_limit_bytes = 0;
   std::chrono::seconds grace{30};
   std::string congestion_control = "auto";
+  transport::Network network = transport::Network::kAuto;  ///< what workers may connect by
   std::string stats_of;  ///< not empty: ask this reducer and end
   bool help = false;
   bool version = false;

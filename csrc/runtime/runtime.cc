@@ -2,9 +2,13 @@
 
 #include <unistd.h>
 
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <utility>
 
-#include "transport/grpc/factory.h"
+#include "transport/hosts/factory.h"
 
 namespace reducer::runtime {
 namespace {
@@ -20,8 +24,22 @@ struct Shared {
 };
 
 /// What a carrier means between processes: shared memory is a matter of each group.
-collective::Carrier networkOf(collective::Carrier carrier) {
-  return carrier == collective::Carrier::kShm ? collective::Carrier::kAuto : carrier;
+transport::Network networkOf(collective::Carrier carrier) {
+  switch (carrier) {
+    case collective::Carrier::kTcp:
+      return transport::Network::kTcp;
+    case collective::Carrier::kAuto:
+    case collective::Carrier::kShm:
+    case collective::Carrier::kGrpc:
+      break;
+  }
+  return transport::Network::kGrpc;
+}
+
+/// Threads of a transport must not wait for Python, and so for its loggers.
+bool informs() {
+  const char* const level = std::getenv("REDUCER_LOG");
+  return level != nullptr && (std::strcmp(level, "info") == 0 || std::strcmp(level, "debug") == 0);
 }
 
 Shared& shared() {
@@ -65,10 +83,16 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
   }
   std::shared_ptr<Runtime> runtime(new Runtime);
   runtime->owner_ = getpid();
-  transport::GrpcOptions grpc;
-  grpc.threads = options.threads;
-  grpc.congestion_control = options.congestion_control;
-  runtime->transport_ = transport::makeGrpcTransport(grpc);
+  transport::HostsOptions hosts;
+  hosts.network = networkOf(options.carrier);
+  hosts.grpc.threads = options.threads;
+  hosts.grpc.congestion_control = options.congestion_control;
+  if (informs()) {
+    hosts.inform = [](const std::string& text) {
+      std::fprintf(stderr, "reducer: %s\n", text.c_str());
+    };
+  }
+  runtime->transport_ = transport::makeHostsTransport(std::move(hosts));
   server::ServerOptions server;
   server.host = hostLabel();
   server.shards = 4 * options.threads;

@@ -11,9 +11,10 @@
 #include <vector>
 
 #include "transport/sim/sim.h"
+#include "transport/tcp/factory.h"
 #include "transport/transport.h"
 #ifdef REDUCER_HAS_GRPC
-#include "transport/grpc/factory.h"
+#include "transport/hosts/factory.h"
 #endif
 
 namespace reducer {
@@ -50,13 +51,26 @@ Carrier simCarrier() {
   return carrier;
 }
 
-#ifdef REDUCER_HAS_GRPC
-Carrier grpcCarrier() {
-  transport::GrpcOptions options;
-  options.threads = 2;
+template <int kThreads>
+Carrier tcpCarrier() {
+  transport::TcpOptions options;
+  options.threads = kThreads;
   Carrier carrier;
-  carrier.server = transport::makeGrpcTransport(options);
-  carrier.client = transport::makeGrpcTransport(options);
+  carrier.server = transport::makeTcpTransport(options);
+  carrier.client = transport::makeTcpTransport(options);
+  return carrier;
+}
+
+#ifdef REDUCER_HAS_GRPC
+template <transport::Network kServer, transport::Network kClient>
+Carrier hostsCarrier() {
+  transport::HostsOptions options;
+  options.grpc.threads = 2;
+  Carrier carrier;
+  options.network = kServer;
+  carrier.server = transport::makeHostsTransport(options);
+  options.network = kClient;
+  carrier.client = transport::makeHostsTransport(options);
   return carrier;
 }
 #endif
@@ -557,9 +571,22 @@ TEST_P(Conformance, TasksPostedBeforeTheEndRun) {
 
 INSTANTIATE_TEST_SUITE_P(Sim, Conformance, ::testing::Values(&simCarrier),
                          [](const auto&) { return std::string("two_threads"); });
+INSTANTIATE_TEST_SUITE_P(Tcp, Conformance, ::testing::Values(&tcpCarrier<1>, &tcpCarrier<3>),
+                         [](const auto& info) {
+                           return std::string(info.index == 0 ? "one_thread" : "three_threads");
+                         });
 #ifdef REDUCER_HAS_GRPC
-INSTANTIATE_TEST_SUITE_P(Grpc, Conformance, ::testing::Values(&grpcCarrier),
-                         [](const auto&) { return std::string("loopback"); });
+using transport::Network;
+std::string hostsName(const ::testing::TestParamInfo<Carrier (*)()>& info) {
+  constexpr const char* kNames[] = {"grpc", "auto", "to_auto_by_grpc", "from_auto_to_grpc"};
+  return kNames[info.index];
+}
+INSTANTIATE_TEST_SUITE_P(Hosts, Conformance,
+                         ::testing::Values(&hostsCarrier<Network::kGrpc, Network::kGrpc>,
+                                           &hostsCarrier<Network::kAuto, Network::kAuto>,
+                                           &hostsCarrier<Network::kAuto, Network::kGrpc>,
+                                           &hostsCarrier<Network::kGrpc, Network::kAuto>),
+                         &hostsName);
 #endif
 
 }  // namespace

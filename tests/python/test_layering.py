@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # A folder of csrc and the folders that it may include, itself aside. docs/architecture.md draws it. What carries the
-# frames (transport/grpc) is known only to those that set a process up; the simulated network only to tests and to
+# frames (transport/hosts) is known only to those that set a process up; the simulated network only to tests and to
 # `simulate`, which sets up whole jobs on it.
 MAY_INCLUDE: dict[str, frozenset[str]] = {
     "common": frozenset(),
@@ -21,17 +21,22 @@ MAY_INCLUDE: dict[str, frozenset[str]] = {
     "wire": frozenset({"common"}),
     "engine": frozenset({"common", "kernels", "wire"}),
     "transport": frozenset({"common", "wire"}),
-    "transport/grpc": frozenset({"common", "wire", "transport"}),
+    "transport/net": frozenset({"common", "transport"}),
+    "transport/tcp": frozenset({"common", "wire", "transport", "transport/net"}),
+    "transport/grpc": frozenset({"common", "wire", "transport", "transport/net"}),
+    "transport/hosts": frozenset({"common", "transport", "transport/net", "transport/tcp", "transport/grpc"}),
     "transport/sim": frozenset({"common", "wire", "transport"}),
     "server": frozenset({"common", "wire", "engine", "transport"}),
     "collective": frozenset({"common", "kernels", "local", "wire", "engine", "transport", "server"}),
     "simulate": frozenset({"common", "transport", "transport/sim", "server", "collective"}),
-    "runtime": frozenset({"common", "wire", "transport", "transport/grpc", "server", "collective"}),
+    "runtime": frozenset({"common", "wire", "transport", "transport/hosts", "server", "collective"}),
     "torch": frozenset({"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime"}),
     "python": frozenset(
         {"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime", "simulate"}
     ),
-    "reducerd": frozenset({"common", "transport", "transport/grpc", "server", "collective", "runtime"}),
+    "reducerd": frozenset(
+        {"common", "transport", "transport/grpc", "transport/hosts", "server", "collective", "runtime"}
+    ),
 }
 
 # Other libraries: how their headers begin, and the folders that may see them. All may see what is not named here.

@@ -2,7 +2,6 @@
 
 #include <grpcpp/create_channel_posix.h>
 
-#include <cstdio>
 #include <utility>
 
 #include "transport/grpc/channel_args.h"
@@ -13,12 +12,6 @@ namespace reducer::transport::grpc_detail {
 namespace {
 
 constexpr char kMethod[] = "/reducer.v1.Data/Exchange";
-
-std::string seconds(Duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%g s", std::chrono::duration<double>(duration).count());
-  return text;
-}
 
 }  // namespace
 
@@ -36,7 +29,7 @@ ClientStream::ClientStream(Core& core, std::string address, std::shared_ptr<Hand
 void ClientStream::dial() {
   begin();
   core_.dialer().dial(std::static_pointer_cast<ClientStream>(shared_from_this()), address_,
-                      timeout_);
+                      timeout_, /*greet=*/false);
 }
 
 void ClientStream::onSocket(Fd fd) {
@@ -53,11 +46,7 @@ void ClientStream::onSocket(Fd fd) {
 }
 
 void ClientStream::onExpired(const std::string& last_error) {
-  failure_ = Status(
-      Code::kUnavailable,
-      address_ + " did not answer within " + seconds(timeout_) +
-          (last_error.empty() ? "" : " (last error: " + last_error + ")") +
-          "; is a reducer (`reducer serve`) or worker running there, and may this host reach it?");
+  failure_ = net::noAnswer(address_, timeout_, last_error);
   breakOff();
   end();
 }

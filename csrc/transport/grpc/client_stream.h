@@ -8,15 +8,15 @@
 #include <string>
 
 #include "transport/grpc/core.h"
-#include "transport/grpc/dialer.h"
 #include "transport/grpc/stream.h"
+#include "transport/net/dialer.h"
 
 namespace reducer::transport::grpc_detail {
 
 /// Tries until a reducer accepts: a TCP connection, a call on it, the reducer's initial metadata.
 /// Frames wait until then, so an attempt that fails has lost none. Dialing counts as one pending
 /// operation; whoever makes the dialer forget this stream ends it.
-class ClientStream final : public Stream, public Caller {
+class ClientStream final : public Stream, public net::Caller {
  public:
   ClientStream(Core& core, std::string address, std::shared_ptr<Handler> handler, Duration timeout);
   void dial();

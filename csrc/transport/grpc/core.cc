@@ -10,9 +10,9 @@
 
 #include "transport/grpc/channel_args.h"
 #include "transport/grpc/client_stream.h"
-#include "transport/grpc/fork.h"
 #include "transport/grpc/server_stream.h"
 #include "transport/grpc/timer.h"
+#include "transport/net/fork.h"
 
 namespace reducer::transport::grpc_detail {
 
@@ -21,7 +21,7 @@ gpr_timespec deadlineAfter(Duration wait) {
   return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_nanos(ns, GPR_TIMESPAN));
 }
 
-Core::Core(const GrpcOptions& options) : generation_(forkGeneration()) {
+Core::Core(const GrpcOptions& options) : generation_(net::forkGeneration()) {
   prepareProcess();
   const int threads = std::max(1, options.threads);
   grpc::ServerBuilder builder;
@@ -69,37 +69,37 @@ Core::~Core() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool Core::orphaned() const noexcept { return forkGeneration() != generation_; }
+bool Core::orphaned() const noexcept { return net::forkGeneration() != generation_; }
 
 // ------------------------------------------------------------------ listening
 
 Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, Acceptor acceptor) {
-  const auto failed = [&](const std::string& why) {
-    return Status(Code::kUnavailable, "cannot listen on " + address + ": " + why);
-  };
-  auto resolved = resolve(address);
-  if (!resolved.ok()) return failed(resolved.status().message());
-  auto socket = listenAt(resolved.value().front(), dialer_->congestionControl());
-  if (!socket.ok()) return failed(socket.status().message());
-  auto listener = std::make_shared<ListenerState>();
-  // The host as it was written, the port as it is.
-  const std::string real = toString(localAddress(socket.value().get()));
-  listener->address = address.substr(0, address.rfind(':')) + real.substr(real.rfind(':'));
-  listener->acceptor = std::move(acceptor);
+  auto opened = net::openListener(address, dialer_->congestionControl());
+  if (!opened.ok()) return opened.status();
+  auto [socket, real] = std::move(opened).value();
+  auto listener = receive(std::move(real), std::move(acceptor));
   listener->dialer_id = dialer_->startListening(
-      std::move(socket).value(),
-      [this, weak = std::weak_ptr<ListenerState>(listener)](Fd fd, const SocketAddress& peer) {
-        if (const auto state = weak.lock()) onAccept(std::move(fd), peer, state);
-      });
+      std::move(socket),
+      [this, weak = std::weak_ptr<ListenerState>(listener)](Fd fd, const SocketAddress& peer,
+                                                            net::Speech) {
+        if (const auto state = weak.lock()) take(std::move(fd), peer, state);
+      },
+      /*greeted=*/false);
   return listener;
 }
 
-void Core::onAccept(Fd fd, const SocketAddress& peer,
-                    const std::shared_ptr<ListenerState>& listener) {
+std::shared_ptr<ListenerState> Core::receive(std::string address, Acceptor acceptor) {
+  auto listener = std::make_shared<ListenerState>();
+  listener->address = std::move(address);
+  listener->acceptor = std::move(acceptor);
+  return listener;
+}
+
+void Core::take(Fd fd, const SocketAddress& peer, const std::shared_ptr<ListenerState>& listener) {
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) return;
-    origins_["fd:" + std::to_string(fd.get())] = {toString(peer), listener};
+    origins_["fd:" + std::to_string(fd.get())] = {net::toString(peer), listener};
   }
   grpc::AddInsecureChannelFromFd(server_.get(), fd.release());
 }
@@ -111,7 +111,7 @@ Core::Origin Core::originOf(const std::string& grpc_peer) {
 }
 
 void Core::unlisten(const std::shared_ptr<ListenerState>& listener) {
-  dialer_->stopListening(listener->dialer_id);
+  if (listener->dialer_id != 0) dialer_->stopListening(listener->dialer_id);
   listener->closed = true;
   std::vector<std::shared_ptr<Stream>> streams;
   const auto accepted_by = [&](const std::shared_ptr<Stream>& stream) {

@@ -19,11 +19,15 @@
 
 #include "common/clock.h"
 #include "reducer.grpc.pb.h"
-#include "transport/grpc/dialer.h"
 #include "transport/grpc/factory.h"
+#include "transport/net/dialer.h"
 #include "transport/transport.h"
 
 namespace reducer::transport::grpc_detail {
+
+using net::Dialer;
+using net::Fd;
+using net::SocketAddress;
 
 class Stream;
 class TimerState;
@@ -35,7 +39,7 @@ using RawDataService = v1::Data::WithRawMethod_Exchange<v1::Data::Service>;
 struct ListenerState {
   std::string address;
   Acceptor acceptor;
-  std::uint64_t dialer_id = 0;
+  std::uint64_t dialer_id = 0;  // 0: another transport accepts for it
   std::atomic<bool> closed{false};
 };
 
@@ -58,6 +62,9 @@ class Core {
   RawDataService& service() { return service_; }
 
   Result<std::shared_ptr<ListenerState>> listen(const std::string& address, Acceptor acceptor);
+  /// A listener that accepts nothing by itself: take() gives it connections.
+  std::shared_ptr<ListenerState> receive(std::string address, Acceptor acceptor);
+  void take(Fd fd, const SocketAddress& peer, const std::shared_ptr<ListenerState>& listener);
   /// Closes its connections; none of its calls is running afterwards.
   void unlisten(const std::shared_ptr<ListenerState>& listener);
   std::shared_ptr<Stream> connect(const std::string& address, std::shared_ptr<Handler> handler,
@@ -80,8 +87,6 @@ class Core {
   Origin originOf(const std::string& grpc_peer);
 
  private:
-  void onAccept(Fd fd, const SocketAddress& peer, const std::shared_ptr<ListenerState>& listener);
-
   const std::uint64_t generation_;
   RawDataService service_;
   // One for all threads: gRPC has one set of sockets per process, whose events any thread that

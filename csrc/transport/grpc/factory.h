@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "transport/net/socket.h"
 #include "transport/transport.h"
 
 namespace grpc {
@@ -41,8 +42,20 @@ class GrpcTag {
   virtual void complete(bool ok) = 0;
 };
 
+/// A listener for connections that another transport has accepted, where both share a port.
+class GrpcReception : public Listener {
+ public:
+  /// A connected socket, of which nothing has been read.
+  virtual void take(net::Fd fd, const net::SocketAddress& peer) = 0;
+};
+
+class GrpcTransport : public Transport {
+ public:
+  virtual std::unique_ptr<GrpcReception> receive(const std::string& address, Acceptor acceptor) = 0;
+};
+
 /// Needs POSIX sockets. In a child that is forked from this process the transport does nothing and
 /// must not be used; its destructor there leaves everything alone.
-std::unique_ptr<Transport> makeGrpcTransport(const GrpcOptions& options);
+std::unique_ptr<GrpcTransport> makeGrpcTransport(const GrpcOptions& options);
 
 }  // namespace reducer::transport

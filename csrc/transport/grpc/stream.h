@@ -13,7 +13,7 @@
 #include "common/clock.h"
 #include "common/status.h"
 #include "transport/grpc/factory.h"
-#include "transport/grpc/fork.h"
+#include "transport/net/fork.h"
 #include "transport/transport.h"
 
 namespace reducer::transport::grpc_detail {
@@ -29,7 +29,7 @@ struct ListenerState;
 /// payload's release is called with mutex_ held: each may lead back here.
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
-  explicit Stream(Core& core) : core_(core), generation_(forkGeneration()) {}
+  explicit Stream(Core& core) : core_(core), generation_(net::forkGeneration()) {}
   virtual ~Stream() = default;
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -101,7 +101,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   using Queue = std::deque<grpc::ByteBuffer>;
 
   /// The process was forked since: nothing may be done.
-  bool orphaned() const { return forkGeneration() != generation_; }
+  bool orphaned() const { return net::forkGeneration() != generation_; }
   void onRead(bool ok);
   void onWritten(bool ok);
   void onLinger();

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "transport/grpc/core.h"
-#include "transport/grpc/fork.h"
+#include "transport/net/fork.h"
 
 namespace reducer::transport::grpc_detail {
 
@@ -23,13 +23,13 @@ class TimerState final : public GrpcTag, public std::enable_shared_from_this<Tim
   /// No call of `tick` starts any more; one on another thread is waited for.
   void cancel();
   void complete(bool ok) override;
-  bool orphaned() const { return forkGeneration() != generation_; }
+  bool orphaned() const { return net::forkGeneration() != generation_; }
 
  private:
   void armHeld();
 
   Core& core_;  // gone before the timer may be, but not before it is over
-  const std::uint64_t generation_ = forkGeneration();
+  const std::uint64_t generation_ = net::forkGeneration();
   const Duration interval_;
   std::function<void(TimePoint)> tick_;
   std::mutex mutex_;

@@ -9,7 +9,7 @@ namespace reducer::transport {
 namespace grpc_detail {
 namespace {
 
-class GrpcListener final : public Listener {
+class GrpcListener final : public GrpcReception {
  public:
   GrpcListener(std::shared_ptr<Core> core, std::shared_ptr<ListenerState> state)
       : core_(std::move(core)), state_(std::move(state)) {}
@@ -18,17 +18,20 @@ class GrpcListener final : public Listener {
     if (core && !core->orphaned()) core->unlisten(state_);
   }
   std::string address() const override { return state_->address; }
+  void take(Fd fd, const SocketAddress& peer) override {
+    if (const auto core = core_.lock()) core->take(std::move(fd), peer, state_);
+  }
 
  private:
   const std::weak_ptr<Core> core_;
   const std::shared_ptr<ListenerState> state_;
 };
 
-class GrpcTransport final : public Transport {
+class GrpcTransportImpl final : public GrpcTransport {
  public:
-  explicit GrpcTransport(const GrpcOptions& options) : core_(std::make_shared<Core>(options)) {}
+  explicit GrpcTransportImpl(const GrpcOptions& options) : core_(std::make_shared<Core>(options)) {}
 
-  ~GrpcTransport() override {
+  ~GrpcTransportImpl() override {
     // In a forked child there are no threads to join: the parent's objects stay as they are.
     if (core_->orphaned()) new std::shared_ptr<Core>(core_);
   }
@@ -38,6 +41,10 @@ class GrpcTransport final : public Transport {
     if (!state.ok()) return state.status();
     return std::unique_ptr<Listener>(
         std::make_unique<GrpcListener>(core_, std::move(state).value()));
+  }
+
+  std::unique_ptr<GrpcReception> receive(const std::string& address, Acceptor acceptor) override {
+    return std::make_unique<GrpcListener>(core_, core_->receive(address, std::move(acceptor)));
   }
 
   std::shared_ptr<Connection> connect(const std::string& address, std::shared_ptr<Handler> handler,
@@ -62,8 +69,8 @@ class GrpcTransport final : public Transport {
 }  // namespace
 }  // namespace grpc_detail
 
-std::unique_ptr<Transport> makeGrpcTransport(const GrpcOptions& options) {
-  return std::make_unique<grpc_detail::GrpcTransport>(options);
+std::unique_ptr<GrpcTransport> makeGrpcTransport(const GrpcOptions& options) {
+  return std::make_unique<grpc_detail::GrpcTransportImpl>(options);
 }
 
 }  // namespace reducer::transport

@@ -1,4 +1,4 @@
-#include "transport/grpc/socket.h"
+#include "transport/net/socket.h"
 
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -14,9 +14,9 @@
 #include <memory>
 
 #include "transport/address.h"
-#include "transport/grpc/fork.h"
+#include "transport/net/fork.h"
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport::net {
 namespace {
 
 constexpr int kBacklog = 1024;
@@ -28,15 +28,6 @@ constexpr int kProbeAfterSeconds = 15;
 constexpr int kProbeEverySeconds = 5;
 constexpr int kProbes = 3;
 constexpr unsigned kSilenceMilliseconds = 30'000;
-
-/// "Connection refused" -> "connection refused": it stands in the middle of our sentences.
-std::string errorText(int error) {
-  std::string text = std::strerror(error);
-  if (text.size() > 1 && std::islower(static_cast<unsigned char>(text[1]))) {
-    text[0] = static_cast<char>(std::tolower(static_cast<unsigned char>(text[0])));
-  }
-  return text;
-}
 
 template <class T>
 void set(int fd, int level, int option, T value) {
@@ -78,6 +69,14 @@ Result<Fd> makeSocket(const SocketAddress& address, const std::string& congestio
 }
 
 }  // namespace
+
+std::string errorText(int error) {
+  std::string text = std::strerror(error);
+  if (text.size() > 1 && std::islower(static_cast<unsigned char>(text[1]))) {
+    text[0] = static_cast<char>(std::tolower(static_cast<unsigned char>(text[0])));
+  }
+  return text;
+}
 
 void Fd::reset(int fd) {
   if (fd_ >= 0) ::close(fd_);
@@ -139,6 +138,21 @@ Result<Fd> listenAt(const SocketAddress& address, const std::string& congestion_
   return fd;
 }
 
+Result<std::pair<Fd, std::string>> openListener(const std::string& address,
+                                                const std::string& congestion_control) {
+  const auto failed = [&](const std::string& why) {
+    return Status(Code::kUnavailable, "cannot listen on " + address + ": " + why);
+  };
+  auto resolved = resolve(address);
+  if (!resolved.ok()) return failed(resolved.status().message());
+  auto socket = listenAt(resolved.value().front(), congestion_control);
+  if (!socket.ok()) return failed(socket.status().message());
+  // The host as it was written, the port as it is.
+  const std::string real = toString(localAddress(socket.value().get()));
+  return std::pair(std::move(socket).value(),
+                   address.substr(0, address.rfind(':')) + real.substr(real.rfind(':')));
+}
+
 Result<Fd> startConnect(const SocketAddress& address, const std::string& congestion_control) {
   auto made = makeSocket(address, congestion_control);
   if (!made.ok()) return made.status();
@@ -171,6 +185,8 @@ std::pair<Fd, SocketAddress> acceptFrom(int listening) {
   return {std::move(fd), peer};
 }
 
+void wakeAt(int fd, int nbytes) { set(fd, SOL_SOCKET, SO_RCVLOWAT, nbytes); }
+
 SocketAddress localAddress(int fd) {
   SocketAddress local;
   local.nbytes = sizeof local.storage;
@@ -178,4 +194,4 @@ SocketAddress localAddress(int fd) {
   return local;
 }
 
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport::net

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport::net {
 
 /// Counts the forks between the first process and this one. Objects remember it: if it has changed,
 /// their threads do not exist in this process.
@@ -17,4 +17,4 @@ std::uint64_t forkGeneration() noexcept;
 /// fork).
 void closeInChildren(int fd);
 
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport::net

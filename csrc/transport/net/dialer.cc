@@ -1,15 +1,18 @@
-#include "transport/grpc/dialer.h"
+#include "transport/net/dialer.h"
 
 #include <poll.h>
 #include <pthread.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
+#include <string_view>
 #include <utility>
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport::net {
 namespace {
 
 using std::chrono::milliseconds;
@@ -21,8 +24,23 @@ constexpr Duration kLastBackoff = milliseconds(500);
 constexpr Duration kPatienceMax = std::chrono::hours(24 * 365);  // so that sums do not overflow
 // After accept() failed for lack of descriptors or memory.
 constexpr auto kAcceptPause = milliseconds(50);
+// A connection that has not said by then what it carries is closed: as long as a reducer waits for
+// a hello.
+constexpr Duration kSpeakWithin = std::chrono::seconds(10);
+// Who has not answered the greeting by then is taken for a stranger. A busy host may take long.
+constexpr Duration kAnswerWithin = std::chrono::seconds(5);
 
 }  // namespace
+
+Status noAnswer(const std::string& address, Duration timeout, const std::string& last_error) {
+  char seconds[32];
+  std::snprintf(seconds, sizeof seconds, "%g s", std::chrono::duration<double>(timeout).count());
+  return Status(
+      Code::kUnavailable,
+      address + " did not answer within " + seconds +
+          (last_error.empty() ? "" : " (last error: " + last_error + ")") +
+          "; is a reducer (`reducer serve`) or worker running there, and may this host reach it?");
+}
 
 Dialer::Dialer(std::string congestion_control)
     : congestion_control_(std::move(congestion_control)),
@@ -48,12 +66,13 @@ void Dialer::wake() {
   (void)!::write(wake_fd_.get(), &one, sizeof one);
 }
 
-std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept) {
+std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept, bool greeted) {
   std::uint64_t id = 0;
   {
     const std::lock_guard lock(mutex_);
     id = next_id_++;
-    listening_.push_back({id, std::move(fd), std::make_shared<OnAccept>(std::move(on_accept))});
+    listening_.push_back(
+        {id, std::move(fd), std::make_shared<OnAccept>(std::move(on_accept)), greeted});
   }
   wake();
   return id;
@@ -62,13 +81,16 @@ std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept) {
 void Dialer::stopListening(std::uint64_t id) {
   std::unique_lock lock(mutex_);
   std::erase_if(listening_, [id](const Listening& one) { return one.id == id; });
+  std::erase_if(arrivals_, [id](const Arrival& one) { return one.listener == id; });
   accepted_.wait(lock, [&] { return accepting_ != id; });
   lock.unlock();
   wake();
 }
 
-void Dialer::dial(std::shared_ptr<Caller> caller, const std::string& address, Duration timeout) {
+void Dialer::dial(std::shared_ptr<Caller> caller, const std::string& address, Duration timeout,
+                  bool greet) {
   Call call;
+  call.greet = greet;
   call.caller = std::move(caller);
   call.address = address;
   call.retry_at = Clock::now();
@@ -142,20 +164,63 @@ void Dialer::attempt(std::unique_lock<std::mutex>& lock, std::size_t index, Time
 void Dialer::decided(std::unique_lock<std::mutex>& lock, int fd) {
   const auto call = std::find_if(calls_.begin(), calls_.end(),
                                  [fd](const Call& one) { return one.fd.get() == fd; });
-  if (call == calls_.end()) return;
+  if (call == calls_.end()) return spoke(lock, fd);
+  if (call->state == Call::State::kGreeting) return answered(lock, *call);
   if (std::string error = connectError(fd); !error.empty()) {
     return failed(*call, std::move(error), Clock::now());
   }
-  call->state = Call::State::kHandedOver;
-  call->last_error = "the connection was accepted, but no reducer answered on it";
-  Fd socket = std::move(call->fd);
-  const std::shared_ptr<Caller> caller = call->caller;
+  if (!call->greet) return connected(lock, *call);
+  // A new connection's buffer has room for these. The answer comes whole, or the stream has ended.
+  if (::send(fd, kGreeting.data(), kGreeting.size(), MSG_NOSIGNAL) != kGreetingBytes) {
+    return failed(*call, "the connection broke at once", Clock::now());
+  }
+  wakeAt(fd, kGreetingBytes);
+  call->state = Call::State::kGreeting;
+  call->answer_by = Clock::now() + kAnswerWithin;
+}
+
+void Dialer::connected(std::unique_lock<std::mutex>& lock, Call& call) {
+  call.state = Call::State::kHandedOver;
+  call.last_error = "the connection was accepted, but no reducer answered on it";
+  Fd socket = std::move(call.fd);
+  const std::shared_ptr<Caller> caller = call.caller;
   lock.unlock();
   caller->onSocket(std::move(socket));
   lock.lock();
 }
 
+void Dialer::answered(std::unique_lock<std::mutex>& lock, Call& call) {
+  char answer[kGreetingBytes];
+  const ssize_t nbytes = ::recv(call.fd.get(), answer, sizeof answer, 0);
+  if (nbytes < 0 && errno == EAGAIN) return;
+  const std::string_view text(answer, nbytes < 0 ? 0 : static_cast<std::size_t>(nbytes));
+  if (text == kAccepted) {
+    wakeAt(call.fd.get(), 1);
+    return connected(lock, call);
+  }
+  estranged(lock, call,
+            text.empty() ? "it closed the connection" : "it answers in another protocol");
+}
+
+void Dialer::estranged(std::unique_lock<std::mutex>& lock, Call& call, const std::string& why) {
+  call.state = Call::State::kHandedOver;
+  call.last_error = "it does not speak the tcp transport: " + why;
+  call.fd.reset();
+  const std::shared_ptr<Caller> caller = call.caller;
+  const std::string text = call.last_error;
+  lock.unlock();
+  caller->onStranger(text);
+  lock.lock();
+}
+
 bool Dialer::expire(std::unique_lock<std::mutex>& lock, TimePoint now) {
+  const auto silent = std::find_if(calls_.begin(), calls_.end(), [now](const Call& call) {
+    return call.state == Call::State::kGreeting && call.answer_by <= now;
+  });
+  if (silent != calls_.end()) {
+    estranged(lock, *silent, "it does not answer the greeting");
+    return true;
+  }
   const auto late = std::find_if(calls_.begin(), calls_.end(),
                                  [now](const Call& call) { return call.deadline <= now; });
   if (late == calls_.end()) return false;
@@ -180,14 +245,48 @@ void Dialer::acceptAll(std::unique_lock<std::mutex>& lock, std::uint64_t id, int
       if (out_of_something) accepted_.wait_for(lock, kAcceptPause, [this] { return stopping_; });
       return;
     }
-    const std::shared_ptr<OnAccept> on_accept = one->on_accept;
-    accepting_ = id;
-    lock.unlock();
-    (*on_accept)(std::move(socket), peer);
-    lock.lock();
-    accepting_ = 0;
-    accepted_.notify_all();
+    if (one->greeted) {
+      wakeAt(socket.get(), kGreetingBytes);
+      arrivals_.push_back({std::move(socket), peer, id, Clock::now() + kSpeakWithin});
+    } else {
+      handOn(lock, *one, std::move(socket), peer, Speech::kHttp2);
+    }
   }
+}
+
+void Dialer::handOn(std::unique_lock<std::mutex>& lock, const Listening& one, Fd fd,
+                    const SocketAddress& peer, Speech speech) {
+  const std::shared_ptr<OnAccept> on_accept = one.on_accept;
+  accepting_ = one.id;
+  lock.unlock();
+  (*on_accept)(std::move(fd), peer, speech);
+  lock.lock();
+  accepting_ = 0;
+  accepted_.notify_all();
+}
+
+// The first bytes of an accepted connection, or its end.
+void Dialer::spoke(std::unique_lock<std::mutex>& lock, int fd) {
+  const auto found = std::find_if(arrivals_.begin(), arrivals_.end(),
+                                  [fd](const Arrival& one) { return one.fd.get() == fd; });
+  if (found == arrivals_.end()) return;
+  char begin[kGreetingBytes];
+  const ssize_t nbytes = ::recv(fd, begin, sizeof begin, MSG_PEEK);
+  if (nbytes < 0 && errno == EAGAIN) return;
+  Arrival arrival = std::move(*found);
+  arrivals_.erase(found);
+  const auto listening = std::find_if(listening_.begin(), listening_.end(),
+                                      [&](const auto& one) { return one.id == arrival.listener; });
+  const std::string_view text(begin, nbytes < 0 ? 0 : static_cast<std::size_t>(nbytes));
+  const bool frames = text == kGreeting;
+  if (listening == listening_.end() || (!frames && text != kHttp2)) return;
+  wakeAt(fd, 1);
+  if (frames) {
+    (void)!::recv(fd, begin, sizeof begin, 0);
+    (void)!::send(fd, kAccepted.data(), kAccepted.size(), MSG_NOSIGNAL);
+  }
+  handOn(lock, *listening, std::move(arrival.fd), arrival.peer,
+         frames ? Speech::kFrames : Speech::kHttp2);
 }
 
 Duration Dialer::untilNext(TimePoint now) {
@@ -195,8 +294,24 @@ Duration Dialer::untilNext(TimePoint now) {
   for (const Call& call : calls_) {
     wait = std::min(wait, call.deadline - now);
     if (call.state == Call::State::kWaiting) wait = std::min(wait, call.retry_at - now);
+    if (call.state == Call::State::kGreeting) wait = std::min(wait, call.answer_by - now);
   }
+  for (const Arrival& arrival : arrivals_) wait = std::min(wait, arrival.deadline - now);
   return std::max(wait, Duration::zero());
+}
+
+void Dialer::listPolled(std::vector<pollfd>& polled, std::vector<std::uint64_t>& listeners) const {
+  polled.assign(1, {wake_fd_.get(), POLLIN, 0});
+  listeners.assign(1, 0);
+  for (const Listening& one : listening_) {
+    polled.push_back({one.fd.get(), POLLIN, 0});
+    listeners.push_back(one.id);
+  }
+  for (const Call& call : calls_) {
+    if (call.state == Call::State::kConnecting) polled.push_back({call.fd.get(), POLLOUT, 0});
+    if (call.state == Call::State::kGreeting) polled.push_back({call.fd.get(), POLLIN, 0});
+  }
+  for (const Arrival& arrival : arrivals_) polled.push_back({arrival.fd.get(), POLLIN, 0});
 }
 
 void Dialer::work() {
@@ -207,19 +322,12 @@ void Dialer::work() {
     const TimePoint now = Clock::now();
     while (expire(lock, now)) {
     }
+    std::erase_if(arrivals_, [now](const Arrival& one) { return one.deadline <= now; });
     for (std::size_t i = 0; i < calls_.size(); ++i) {
       if (calls_[i].state == Call::State::kWaiting && calls_[i].retry_at <= now)
         attempt(lock, i, now);
     }
-    polled.assign(1, {wake_fd_.get(), POLLIN, 0});
-    listeners.assign(1, 0);
-    for (const Listening& one : listening_) {
-      polled.push_back({one.fd.get(), POLLIN, 0});
-      listeners.push_back(one.id);
-    }
-    for (const Call& call : calls_) {
-      if (call.state == Call::State::kConnecting) polled.push_back({call.fd.get(), POLLOUT, 0});
-    }
+    listPolled(polled, listeners);
     const Duration wait = untilNext(Clock::now());
     lock.unlock();
     const auto wait_ms = std::chrono::ceil<milliseconds>(wait).count();
@@ -241,4 +349,4 @@ void Dialer::work() {
   }
 }
 
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport::net

@@ -1,4 +1,4 @@
-// TCP sockets as the transport wants them; they are handed over to gRPC once connected.
+// TCP sockets as the transports want them.
 #pragma once
 
 #include <netinet/in.h>
@@ -10,7 +10,7 @@
 
 #include "common/status.h"
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport::net {
 
 /// A file descriptor with an owner.
 class Fd {
@@ -39,6 +39,9 @@ struct SocketAddress {
   const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
 };
 
+/// "connection refused": errno in words that stand in the middle of a sentence.
+std::string errorText(int error);
+
 /// "10.0.0.4:7000" or "[fe80::1]:7000".
 std::string toString(const SocketAddress& address);
 
@@ -50,6 +53,11 @@ Result<std::vector<SocketAddress>> resolve(const std::string& address);
 /// A bound, listening socket that does not block. kUnavailable.
 Result<Fd> listenAt(const SocketAddress& address, const std::string& congestion_control);
 
+/// A socket that listens at "host:port", and the same address with the real port. kUnavailable with
+/// the whole sentence.
+Result<std::pair<Fd, std::string>> openListener(const std::string& address,
+                                                const std::string& congestion_control);
+
 /// Starts connecting: the socket becomes writable when that is decided (see connectError).
 /// kUnavailable.
 Result<Fd> startConnect(const SocketAddress& address, const std::string& congestion_control);
@@ -60,7 +68,10 @@ std::string connectError(int fd);
 /// An accepted connection and its peer, or an empty Fd if none waits.
 std::pair<Fd, SocketAddress> acceptFrom(int listening);
 
+/// The socket counts as readable once this many bytes wait (or it has ended).
+void wakeAt(int fd, int nbytes);
+
 /// The address that the socket is bound to.
 SocketAddress localAddress(int fd);
 
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport::net

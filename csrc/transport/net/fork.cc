@@ -1,4 +1,4 @@
-#include "transport/grpc/fork.h"
+#include "transport/net/fork.h"
 
 #include <pthread.h>
 #include <sys/socket.h>
@@ -8,7 +8,7 @@
 #include <mutex>
 #include <unordered_map>
 
-namespace reducer::transport::grpc_detail {
+namespace reducer::transport::net {
 namespace {
 
 /// A socket's number is used again after it was closed (by gRPC, which does not tell); the kernel's
@@ -67,4 +67,4 @@ void closeInChildren(int fd) {
   registry().cookies[fd] = cookie;
 }
 
-}  // namespace reducer::transport::grpc_detail
+}  // namespace reducer::transport::net
