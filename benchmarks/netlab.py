@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -20,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import netlab_cluster
 import typer
 from netlab_cluster import NetlabError
+from netlab_ddp import OVERLAPPED, DdpScenario, run_ddp
 from netlab_goals import Verdict, judge, make_goal_table
 from netlab_run import Setting, run
 from netlab_scenarios import CONTENDERS, SCENARIOS, Competitor, Scenario, Shape
@@ -30,6 +33,7 @@ from reducer._bench.units import parse_rate, parse_sizes
 EXIT_FAILED = 1
 EXIT_NOT_HERE = 2
 _LOG_COLUMNS = 125
+DDP = "ddp"
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
@@ -63,29 +67,44 @@ def _parse_rates(text: str) -> dict[str, str]:
     return rates
 
 
-def _scenarios(names: str) -> list[Scenario]:
-    if names == "all":
-        return list(SCENARIOS.values())
-    unknown = [name for name in names.split(",") if name not in SCENARIOS]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no scenario: write all, or some of {', '.join(SCENARIOS)}")
-    return [SCENARIOS[name] for name in names.split(",")]
+def _chosen(names: str) -> list[str]:
+    known = [*SCENARIOS, DDP]
+    asked = known if names == "all" else names.split(",")
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"{name!r} is no scenario: write all, or some of {', '.join(known)}")
+    return asked
 
 
-def run_all(settings: list[tuple[Setting, Scenario | None]], console: Console) -> int:
+def _ddp(
+    workers: int | None, reducers: int | None, rate: str | None, contenders: str | None, budget: float | None
+) -> DdpScenario:
+    scenario = DdpScenario()
+    hosts = scenario.shape.hosts if workers is None else workers
+    reducers = scenario.shape.reducers if reducers is None else reducers
+    names = tuple(contenders.split(",")) if contenders else scenario.contenders
+    for name in names:
+        Competitor(name.removesuffix(OVERLAPPED))
+    return replace(
+        scenario,
+        shape=Shape(hosts, reducers, rate=rate or scenario.shape.rate),
+        contenders=names,
+        budget_s=budget or scenario.budget_s,
+    )
+
+
+def run_all(jobs: Sequence[Callable[[], tuple[bool, list[Verdict]]]], console: Console) -> int:
     """Runs one after the other, then shows their goals. The exit code: a missed goal is a finding and no failure."""
     verdicts: list[Verdict] = []
     code = 0
-    for setting, scenario in settings:
+    for job in jobs:
         try:
-            result = run(setting, console)
+            fine, found = job()
         except NetlabError as error:
             console.print(f"[red]{error}[/red]")
-            code = EXIT_FAILED
-            continue
-        code = code if result.ok else EXIT_FAILED
-        if scenario is not None:
-            verdicts += judge(scenario.name, scenario.goals, result.rows)
+            fine, found = False, []
+        verdicts += found
+        code = code if fine else EXIT_FAILED
     if verdicts:
         console.print(make_goal_table(verdicts))
     return code
@@ -93,12 +112,14 @@ def run_all(settings: list[tuple[Setting, Scenario | None]], console: Console) -
 
 def main(
     scenario: Annotated[
-        str | None, typer.Option(help=f"Clusters with goals: all, or some of {', '.join(SCENARIOS)}.")
+        str | None, typer.Option(help=f"Clusters with goals: all, or some of {', '.join(SCENARIOS)} and {DDP}.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=2, max=64, help="Worker hosts.")] = 8,
+    workers: Annotated[int | None, typer.Option(min=2, max=64, help="Worker hosts (default: 8).")] = None,
     ranks_per_host: Annotated[int, typer.Option(min=1, max=16, help="Workers that share a host and its NIC.")] = 1,
-    reducers: Annotated[int, typer.Option(min=0, max=64, help="Hosts with a reducer.")] = 8,
-    rate: Annotated[str, typer.Option(help="Each host's NIC, as tc writes it.")] = "1gbit",
+    reducers: Annotated[int | None, typer.Option(min=0, max=64, help="Hosts with a reducer (default: 8).")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Each host's NIC, as tc writes it (default: 1gbit, or the scenario's).")
+    ] = None,
     rates: Annotated[str, typer.Option(help="Hosts whose NIC is another one: w0=2gbit,r=500mbit.")] = "",
     sizes: Annotated[str | None, typer.Option(help="Tensors (default: 1KiB,64KiB,1MiB,16MiB,64MiB).")] = None,
     contenders: Annotated[
@@ -142,14 +163,32 @@ def main(
             output=output,
         )
 
-    settings: list[tuple[Setting, Scenario | None]]
+    def job(name: str, shape: Shape, by_default: Scenario | None) -> Callable[[], tuple[bool, list[Verdict]]]:
+        asked = setting(name, shape, by_default)
+
+        def run_and_judge() -> tuple[bool, list[Verdict]]:
+            result = run(asked, console)
+            return result.ok, judge(by_default.name, by_default.goals, result.rows) if by_default else []
+
+        return run_and_judge
+
+    jobs: list[Callable[[], tuple[bool, list[Verdict]]]] = []
     try:
-        if scenario is not None:
-            settings = [(setting(f"netlab-{each.name}", each.shape, each), each) for each in _scenarios(scenario)]
-        else:
+        if rate is not None:
             parse_rate(rate)
-            shape = Shape(workers, reducers, ranks_per_host, rate if limited else None, _parse_rates(rates))
-            settings = [(setting("netlab", shape, None), None)]
+        for name in _chosen(scenario) if scenario is not None else ():
+            if name == DDP:
+                training = _ddp(workers, reducers, rate, contenders, budget)
+                jobs.append(partial(run_ddp, training, output, console))
+                continue
+            if workers is not None or reducers is not None:
+                raise ValueError(f"the scenario {name} says how many workers and reducers it has")
+            chosen = SCENARIOS[name]
+            jobs.append(job(f"netlab-{name}", replace(chosen.shape, rate=rate or chosen.shape.rate), chosen))
+        if scenario is None:
+            limit = (rate or "1gbit") if limited else None
+            hosts, others = 8 if workers is None else workers, 8 if reducers is None else reducers
+            jobs.append(job("netlab", Shape(hosts, others, ranks_per_host, limit, _parse_rates(rates)), None))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     reason = netlab_cluster.why_not()
@@ -158,7 +197,7 @@ def main(
         raise SystemExit(EXIT_NOT_HERE)
     for each in netlab_cluster.ENDING_SIGNALS:
         signal.signal(each, _terminate)
-    raise SystemExit(run_all(settings, console))
+    raise SystemExit(run_all(jobs, console))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,17 @@ class Contender:
     workers: list[Worker] = field(default_factory=list)
     reducers: list[Reducer] = field(default_factory=list)
     failure: str | None = None
+    # What its workers do; None: all-reduces.
+    serve: Callable[[WorkerPlan, Connection], None] | None = None
+    # Where one competitor runs in two ways; empty: the competitor's name.
+    label: str = ""
 
     def __post_init__(self) -> None:
         self._store = self.cluster.directory / f"{self.name}-store"
 
     @property
     def name(self) -> str:
-        return self.competitor.name
+        return self.label or self.competitor.name
 
     def start_reducers(self, binary: Path, labels: Sequence[str], threads: int, congestion_control: str) -> None:
         """Starts a reducer on each host of `labels`. NetlabError if one does not come up."""
@@ -99,13 +103,14 @@ class Contender:
         }
         for rank, label in enumerate(labels):
             plan = WorkerPlan(
-                backend="gloo" if self.name == "gloo" else "reducer",
+                backend="gloo" if self.competitor.name == "gloo" else "reducer",
                 rank=rank,
                 world_size=len(labels),
                 store=str(self._store),
                 namespace=self.cluster.namespace(label),
                 timeout=timedelta(seconds=START_SECONDS_MAX),
                 environment=environment,
+                serve=self.serve,
             )
             self.workers.append(Worker(plan))
         self._gather("start", START_SECONDS_MAX + 5)
@@ -116,22 +121,31 @@ class Contender:
         An all-reduce's time runs from when the last rank had the previous result to when the last rank has this one:
         their sum is the turn's, and what ranks that were ahead have waited for the others is not counted twice.
         """
-        self.thaw()
-        try:
-            self._tell(turn)
-            self._gather("prepare", seconds_max)
+        reducers_cpu_s = 0.0
+
+        def begin() -> None:
+            nonlocal reducers_cpu_s
             reducers_cpu_s = self._reducers_cpu_s()
-            self._tell("go")
-            results: list[TurnResult] = self._gather("all-reduce", seconds_max)
-            reducers_cpu_s = self._reducers_cpu_s() - reducers_cpu_s
-        finally:
-            self.freeze()
-        done_s = [max(each) for each in zip(*(result.done_s for result in results), strict=True)]
+
+        results: list[TurnResult] = self.ask(turn, seconds_max, begin)
+        reducers_cpu_s = self._reducers_cpu_s() - reducers_cpu_s
         return ContenderResult(
-            [after - before for before, after in pairwise(done_s)],
+            seconds_between([result.done_s for result in results]),
             sum(result.wrong for result in results),
             sum(result.cpu_s for result in results) + reducers_cpu_s,
         )
+
+    def ask(self, what: object, seconds_max: float, begin: Callable[[], None] = lambda: None) -> list[Any]:
+        """Every worker's answer, by rank: they say when they are prepared, and all begin together after `begin`."""
+        self.thaw()
+        try:
+            self._tell(what)
+            self._gather("prepare", seconds_max)
+            begin()
+            self._tell("go")
+            return self._gather(type(what).__name__, seconds_max)
+        finally:
+            self.freeze()
 
     def freeze(self) -> None:
         """Stops its processes where they are: a turn's processor time is all for the one whose turn it is."""
@@ -205,6 +219,11 @@ class Contender:
             _end_process(reducer.process)
         self.reducers.clear()
         self._store.unlink(missing_ok=True)
+
+
+def seconds_between(done_s: Sequence[Sequence[float]]) -> list[float]:
+    """From when each rank was done with each thing: seconds from one thing's last rank to the next one's."""
+    return [after - before for before, after in pairwise(max(each) for each in zip(*done_s, strict=True))]
 
 
 def _ready_address(process: subprocess.Popen[str], deadline: float) -> str:

@@ -16,6 +16,7 @@ _MEASURES = {
     "line": "of the line",
     "bound": "of its bound",
     "best": "x the best fixed choice's speed",
+    "steps": "x Gloo's steps/s",
 }
 
 
@@ -83,7 +84,10 @@ def make_goal_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("", no_wrap=True)
     for verdict in verdicts:
         goal = verdict.goal
-        figures = [f"{figure:.3f} ({format_size(nbytes)})" for nbytes, figure in verdict.figures.items()]
+        figures = [
+            f"{figure:.3f} ({format_size(nbytes)})" if nbytes else f"{figure:.3f}"
+            for nbytes, figure in verdict.figures.items()
+        ]
         wanted = f"{goal.at_least:.2f} {_MEASURES[goal.measure]}"
         word = {None: "not measured", True: "[green]met", False: "[red]missed"}[verdict.met]
         table.add_row(verdict.scenario, goal.contender, _sizes(goal), wanted, ", ".join(figures), word)

@@ -11,6 +11,7 @@ import select
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe
@@ -38,6 +39,8 @@ class WorkerPlan:
     namespace: str
     timeout: timedelta
     environment: dict[str, str] = field(default_factory=dict)
+    # What it does once its group exists; None: `Turn`s of all-reduces.
+    serve: Callable[[WorkerPlan, Connection], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,10 @@ def _worker(plan: WorkerPlan, connection: Connection) -> int:
             world_size=plan.world_size,
             timeout=plan.timeout,
         )
+        # Connections are made by now: a process that is stopped while it greets another one is taken for a stranger.
+        dist.all_reduce(torch.ones(_LEAD_IN_BYTES_MAX // 4))
         connection.send("ready")
-        _serve(plan, connection)
+        (plan.serve or _serve)(plan, connection)
         dist.destroy_process_group()
         connection.send("done")
     except (EOFError, BrokenPipeError):

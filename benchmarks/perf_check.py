@@ -260,18 +260,7 @@ def sources() -> list[Source]:
         ),
         netlab_source(
             "emulated 4 + 4 x Gloo",
-            [
-                "--workers",
-                "4",
-                "--reducers",
-                "4",
-                "--sizes",
-                "64KiB,1MiB,16MiB",
-                "--budget",
-                "20",
-                "--contenders",
-                "gloo,auto",
-            ],
+            ["--workers", "4", "--reducers", "4", "--contenders", "gloo,auto", *few, "--budget", "20"],
         ),
     ]
 
