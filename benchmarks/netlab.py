@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import netlab_cluster
 import typer
 from netlab_cluster import NetlabError
-from netlab_ddp import OVERLAPPED, DdpScenario, run_ddp
+from netlab_ddp import AVERAGED, DdpScenario, run_ddp
 from netlab_goals import Verdict, judge, make_goal_table
 from netlab_run import Setting, run
 from netlab_scenarios import CONTENDERS, SCENARIOS, Competitor, Scenario, Shape
@@ -84,7 +84,7 @@ def _ddp(
     reducers = scenario.shape.reducers if reducers is None else reducers
     names = tuple(contenders.split(",")) if contenders else scenario.contenders
     for name in names:
-        Competitor(name.removesuffix(OVERLAPPED))
+        Competitor(name.removesuffix(AVERAGED))
     return replace(
         scenario,
         shape=Shape(hosts, reducers, rate=rate or scenario.shape.rate),

@@ -34,7 +34,7 @@ from gpt import GptConfig, standard_library_text
 from netlab_ddp_worker import Record, Steps, StepsResult, Training, serve_training
 from netlab_timeline import draw_timelines
 
-OVERLAPPED = "+overlap"
+AVERAGED = "+average"
 GOAL = 1.5
 # Sums in another order differ in the last bit of a float32, and AdamW divides by what may be as small.
 LOSS_NOISE = 1e-3
@@ -51,7 +51,7 @@ class DdpScenario:
     """
 
     shape: Shape = field(default_factory=lambda: Shape(8, 8, rate="250mbit"))
-    contenders: tuple[str, ...] = ("gloo", "auto", "auto" + OVERLAPPED)
+    contenders: tuple[str, ...] = ("gloo", "auto", "auto" + AVERAGED)
     model: GptConfig = field(default_factory=lambda: GptConfig(context=32, width=256, heads=8, layers=8))
     batch: int = 1
     bucket_mib: float = 2.0
@@ -91,9 +91,9 @@ def run_ddp(
             for name in scenario.contenders:
                 console.print(f"starting {name}")
                 training = Training(
-                    scenario.model, text, scenario.batch, scenario.bucket_mib, 1e-3, _SEED, name.endswith(OVERLAPPED)
+                    scenario.model, text, scenario.batch, scenario.bucket_mib, 1e-3, _SEED, name.endswith(AVERAGED)
                 )
-                competitor = Competitor(name.removesuffix(OVERLAPPED))
+                competitor = Competitor(name.removesuffix(AVERAGED))
                 contender = Contender(competitor, cluster, serve=partial(serve_training, training), label=name)
                 contenders.append(contender)
                 if contender.competitor.uses_reducers and shape.reducers:

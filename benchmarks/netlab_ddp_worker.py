@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from reducer.ddp import OverlappedStep
+from reducer.ddp import average_hook
 
 _SAMPLE_SECONDS = 0.001
 # Windows of the text that a rank draws; no run has as many steps.
@@ -28,7 +28,7 @@ _WINDOWS = 4096
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, the same by all contenders. `overlapped`: by reducer.ddp.OverlappedStep."""
+    """What is trained, the same by all contenders. `averaged`: with reducer.ddp.average_hook."""
 
     model: GptConfig
     text: bytes
@@ -36,7 +36,7 @@ class Training:
     bucket_mib: float
     rate: float
     seed: int
-    overlapped: bool = False
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,16 +121,10 @@ class _Trainer:
         )
         self._windows = Windows(training.text, training.model.context, _WINDOWS, rank, training.seed)
         self._next = 0
-        self._has_hook = training.overlapped
-        self._optimizer: OverlappedStep | torch.optim.Optimizer
-        if training.overlapped:
-            # The bucket that is needed first goes its own way.
-            self._optimizer = OverlappedStep(self._wrapped, self._make_optimizer, dist.new_group())
-        else:
-            self._optimizer = self._make_optimizer(self._model.parameters())
-
-    def _make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=self._training.rate)
+        self._has_hook = training.averaged
+        if training.averaged:
+            self._wrapped.register_comm_hook(None, average_hook)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=training.rate)
 
     def run(self, steps: Steps, rank: int) -> StepsResult:
         if steps.recorded and not self._has_hook:
@@ -149,18 +143,13 @@ class _Trainer:
             done_s.append(time.monotonic())
             if record is not None:
                 record.step_s = done_s[-1] - done_s[-2]
-        if isinstance(self._optimizer, OverlappedStep):
-            # What a turn has left to do belongs to its last step.
-            self._optimizer.finish()
-            done_s[-1] = time.monotonic()
         return StepsResult(done_s, losses, record)
 
     def _step(self, alone: bool) -> float:
         batch = [self._windows[(self._next + i) % _WINDOWS] for i in range(self._training.batch)]
         self._next += self._training.batch
         inputs, targets = (torch.stack(column) for column in zip(*batch, strict=True))
-        if not isinstance(self._optimizer, OverlappedStep):
-            self._optimizer.zero_grad()
+        self._optimizer.zero_grad()
         with self._wrapped.no_sync() if alone else nullcontext():
             loss = self._model.loss(self._wrapped(inputs), targets)
             torch.autograd.backward(loss)
