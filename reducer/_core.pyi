@@ -16,6 +16,9 @@ max_chunk_bytes: int
 def parse_size(text: str) -> int:
     """Bytes of "4MiB", "64KiB", "1GB" or "4096". ValueError says what is wrong."""
 
+def parse_bandwidth(text: str) -> int:
+    """Bits a second of "10gbit", "2.5gbit", "800mbit" or "1000000bit". ValueError says what is wrong."""
+
 def parse_servers(text: str) -> list[str]:
     """The items of "host:port,host:port". ValueError names the item that is wrong."""
 

@@ -40,6 +40,8 @@ class ReducerBackend(Backend):
         workers: list[str],
         servers: list[str],
         places: list[str],
+        worker_bandwidths: list[int],
+        server_bandwidths: list[int],
         algorithm: str,
         transport: str,
         chunk_bytes: int,

@@ -132,6 +132,8 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         workers=verdict["workers"],
         servers=verdict["servers"],
         places=verdict["places"],
+        worker_bandwidths=verdict["worker_bandwidths"],
+        server_bandwidths=verdict["server_bandwidths"],
         algorithm=settings.algorithm,
         transport=settings.transport,
         chunk_bytes=settings.chunk_bytes,
@@ -179,6 +181,7 @@ def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
         "address": address,
         "host": place.host,
         "place": _core.host_identity(),
+        "bandwidth": settings.bandwidth,
         "settings": shared,
         "chosen": bool(settings.interface),
     }
@@ -271,8 +274,9 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         _check_complete(place, entries)
         _check_settings(entries)
         _check_addresses(entries)
+        _check_bandwidths(entries, settings)
         try:
-            servers = _core.resolve_servers(list(settings.servers))
+            servers, server_bandwidths = _resolve_servers(settings)
         except errors.ReducerError as error:
             raise type(error)(f"REDUCER_SERVERS: {error}") from None
     except errors.ReducerError as error:
@@ -282,6 +286,8 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         "job": secrets.token_hex(16),
         "workers": [entries[rank]["address"] for rank in range(place.world_size)],
         "servers": servers,
+        "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items())] if settings.bandwidth else [],
+        "server_bandwidths": server_bandwidths,
         "places": [entries[rank]["place"] for rank in range(place.world_size)],
     }
     _publish_verdict(place, verdict)
@@ -366,6 +372,44 @@ def _check_addresses(entries: dict[int, dict[str, Any]]) -> None:
             "other host "
             f"reaches: {', '.join(unreachable)}; set it to the name or the address of the interface towards the others"
         )
+
+
+def _check_bandwidths(entries: dict[int, dict[str, Any]], settings: Settings) -> None:
+    """Shares follow from the bandwidths of all NICs, or of none."""
+    given = [rank for rank, entry in sorted(entries.items()) if entry["bandwidth"]]
+    missing = [f"{rank} ({entry['host']})" for rank, entry in sorted(entries.items()) if not entry["bandwidth"]]
+    if missing and (given or settings.server_bandwidths):
+        others = f"rank {given[0]} has it" if given else "REDUCER_SERVERS has bandwidths"
+        raise errors.InvalidArgumentError(
+            f"REDUCER_BANDWIDTH is not set on rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}, and "
+            f"{others}; set it on all ranks to what their NICs carry, as in 10gbit, or give no bandwidth at all"
+        )
+    if given and settings.servers and not settings.server_bandwidths:
+        raise errors.InvalidArgumentError(
+            "REDUCER_SERVERS has no bandwidths, and the ranks have REDUCER_BANDWIDTH; write "
+            f"{settings.servers[0]}@10gbit for each, or set neither"
+        )
+    first_at: dict[str, int] = {}
+    for rank, entry in sorted(entries.items()):
+        first = first_at.setdefault(entry["place"], rank)
+        if entry["bandwidth"] != entries[first]["bandwidth"]:
+            raise errors.InvalidArgumentError(
+                f"REDUCER_BANDWIDTH is {entries[first]['bandwidth']}bit on rank {first} and {entry['bandwidth']}bit on "
+                f"rank {rank}, which share a host ({entry['host']}): give both what its NIC carries in all"
+            )
+
+
+def _resolve_servers(settings: Settings) -> tuple[list[str], list[int]]:
+    """Addresses, and the bandwidth of each if they are given: every address of a name has the name's."""
+    servers = _core.resolve_servers(list(settings.servers))
+    if not settings.server_bandwidths:
+        return servers, []
+    found = [
+        (address, bandwidth)
+        for name, bandwidth in zip(settings.servers, settings.server_bandwidths, strict=True)
+        for address in _core.resolve_servers([name])
+    ]
+    return [address for address, _ in found], [bandwidth for _, bandwidth in found]
 
 
 def _is_loopback(address: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +29,8 @@ class Options:
     servers: addresses of the standalone reducers, "host:port,host:port" or a list; a name with several addresses
             counts as
         several. Default: none.
+    bandwidth: of this worker's NIC, "25gbit"; to be given on all ranks, and for all servers as "host:port@25gbit", or
+        nowhere. The shares of the bytes follow it. Default: all NICs are as fast.
     algorithm: "auto", "direct", "server", "mixed" or "ring", or one for each range of sizes, in bytes of the call, the
         end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" ("mixed" with servers, else "direct").
     transport: "auto" (shared memory within a host, between processes the faster of TCP and gRPC that both have),
@@ -47,6 +50,7 @@ class Options:
     """
 
     servers: str | Sequence[str] | None = None
+    bandwidth: int | str | None = None
     algorithm: str | None = None
     transport: str | None = None
     chunk_bytes: int | str | None = None
@@ -63,6 +67,9 @@ class Settings:
     """Options as they were read: every one has a value. 0 bytes: the library chooses."""
 
     servers: tuple[str, ...] = ()
+    #: Bits a second of each server's NIC; empty if they are not given.
+    server_bandwidths: tuple[int, ...] = ()
+    bandwidth: int = 0
     algorithm: str = "auto"
     transport: str = "auto"
     chunk_bytes: int = 0
@@ -77,7 +84,10 @@ class Settings:
     def shared(self) -> dict[str, str]:
         """Those that must be equal on all ranks, as text, by the names of their variables."""
         return {
-            "REDUCER_SERVERS": ",".join(self.servers),
+            "REDUCER_SERVERS": ",".join(
+                f"{server}@{bandwidth}bit" if bandwidth else server
+                for server, bandwidth in itertools.zip_longest(self.servers, self.server_bandwidths)
+            ),
             "REDUCER_ALGORITHM": self.algorithm,
             "REDUCER_TRANSPORT": self.transport,
             "REDUCER_CHUNK_BYTES": str(self.chunk_bytes),
@@ -86,12 +96,32 @@ class Settings:
         }
 
 
-def _read_servers(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(_core.parse_servers(value))
-    if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
-        return tuple(_core.parse_servers(",".join(value)))
-    raise InvalidArgumentError(f"{value!r} is neither text nor a list of texts; write host:port,host:port")
+def _read_servers(value: Any) -> dict[str, int]:
+    """The bandwidth of each server, 0 where none is given: all have one or none has."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{value!r} is neither text nor a list of texts; write host:port,host:port")
+    items = [item.partition("@") for item in value.split(",")]
+    addresses = _core.parse_servers(",".join(address for address, _, _ in items))
+    bandwidths = []
+    for address, mark, bandwidth in items[: len(addresses)]:
+        try:
+            bandwidths.append(_core.parse_bandwidth(bandwidth) if mark else 0)
+        except ValueError as error:
+            raise InvalidArgumentError(f"'{address.strip()}@{bandwidth.strip()}': {error}") from None
+    if any(bandwidths) and not all(bandwidths):
+        without = addresses[bandwidths.index(0)]
+        raise InvalidArgumentError(f"'{without}' has no bandwidth and others have; write {without}@10gbit, or none")
+    return dict(zip(addresses, bandwidths, strict=True))
+
+
+def _read_bandwidth(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InvalidArgumentError(f"{value!r} is no bandwidth; write 10gbit, 2.5gbit or 800mbit")
+    if isinstance(value, int):
+        value = f"{value}bit"
+    return _core.parse_bandwidth(value)
 
 
 def _read_size(value: Any) -> int:
@@ -159,6 +189,7 @@ def _read_text(value: Any) -> str:
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "servers": _read_servers,
+    "bandwidth": _read_bandwidth,
     "algorithm": _read_algorithm,
     "transport": _read_transport,
     "chunk_bytes": _read_chunk,
@@ -192,11 +223,14 @@ def resolve(options: Options | None = None, environ: Mapping[str, str] | None = 
             values[field.name] = _READERS[field.name](given)
         except ValueError as error:
             raise InvalidArgumentError(f"{source}: {error}") from None
+    servers: dict[str, int] = values.pop("servers", {})
+    values["servers"] = tuple(servers)
+    values["server_bandwidths"] = tuple(filter(None, servers.values()))
     settings = Settings(**values)
     needing = [item for item in settings.algorithm.split(",") if item.split(":")[-1].split("/")[0] == "server"]
     if needing and not settings.servers:
         raise InvalidArgumentError(
-            f"REDUCER_ALGORITHM: '{needing[0]}' needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
-            "`reducer serve` and name them there, or use 'direct'"
+            f"REDUCER_ALGORITHM: '{needing[0]}' needs standalone reducers, and REDUCER_SERVERS is empty; start some "
+            "with `reducer serve` and name them there, or use 'direct'"
         )
     return settings

@@ -1,5 +1,6 @@
 #include "collective/group.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -45,6 +46,26 @@ Status checkAlgorithm(const GroupConfig& config) {
   return invalid("the algorithm " + item +
                  " needs standalone reducers, and REDUCER_SERVERS is empty; start some with "
                  "`reducer serve`, or use 'direct'");
+}
+
+/// One for every rank and every standalone reducer, or none at all.
+Status checkBandwidths(const GroupConfig& config) {
+  const std::vector<std::uint64_t>& workers = config.worker_bandwidths;
+  const std::vector<std::uint64_t>& servers = config.server_bandwidths;
+  if (workers.empty() && servers.empty()) return {};
+  if (workers.size() != static_cast<std::size_t>(config.world_size) ||
+      servers.size() != config.servers.size()) {
+    return invalid("bandwidths are given for " + std::to_string(workers.size()) + " of " +
+                   std::to_string(config.world_size) + " ranks and " +
+                   std::to_string(servers.size()) + " of " + std::to_string(config.servers.size()) +
+                   " standalone reducers; give all (REDUCER_BANDWIDTH, and host:port@10gbit in "
+                   "REDUCER_SERVERS) or none");
+  }
+  for (const auto* all : {&workers, &servers}) {
+    if (std::find(all->begin(), all->end(), 0) != all->end())
+      return invalid("a bandwidth of 0 carries nothing; REDUCER_BANDWIDTH is as in 10gbit");
+  }
+  return {};
 }
 
 /// Each collective as transfers: who pushes, who pulls, who owns.
@@ -449,6 +470,7 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
     return invalid("one address per worker is needed: " + std::to_string(n) + ", not " +
                    std::to_string(config.workers.size()));
   }
+  if (Status status = checkBandwidths(config); !status.ok()) return status;
   if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
   if (Status status = checkAlgorithm(config); !status.ok()) return status;
   if (config.settings.chunk_bytes != 0 && (config.settings.chunk_bytes < kMinChunkBytes ||

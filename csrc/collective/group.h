@@ -34,6 +34,10 @@ struct GroupConfig {
   std::string host;  ///< "hostname:pid" of this rank, for messages
   /// By rank: equal texts are ranks that share a host. Empty: every rank has a host of its own.
   std::vector<std::string> places;
+  /// Bits per second of the NIC of each rank's host, and of each standalone reducer's; empty: all
+  /// NICs are as fast. Ranks of one host share one, and have the same number.
+  std::vector<std::uint64_t> worker_bandwidths;
+  std::vector<std::uint64_t> server_bandwidths;
   Settings settings;
 };
 

@@ -7,6 +7,7 @@
 
 #include "collective/ring.h"
 #include "common/limits.h"
+#include "common/placement.h"
 #include "engine/engine.h"
 #include "wire/lane.h"
 
@@ -28,24 +29,46 @@ std::uint64_t fnv1a(const std::string& text) {
 
 // A thousand of them would fill a message, and each of the worker's thousand links keeps this text:
 // of many the first, how many, and a digest of all.
-std::string namesOf(const std::vector<std::string>& servers) {
+std::string namesOf(const std::vector<std::string>& items) {
   constexpr std::size_t kNamed = 16;
   std::string text;
-  for (const std::string& server : servers) text += (text.empty() ? "" : ",") + server;
-  if (servers.size() <= kNamed) return text;
+  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
+  if (items.size() <= kNamed) return text;
   char rest[64];
-  std::snprintf(rest, sizeof rest, " ... (%zu, digest %016llx)", servers.size(),
+  std::snprintf(rest, sizeof rest, " ... (%zu, digest %016llx)", items.size(),
                 static_cast<unsigned long long>(fnv1a(text)));
   std::size_t end = 0;
   for (std::size_t i = 0; i < kNamed; ++i) end = text.find(',', end + 1);
   return text.substr(0, end) + rest;
 }
 
+std::string bandwidthsText(const GroupConfig& config) {
+  std::vector<std::string> all;
+  for (const auto* some : {&config.worker_bandwidths, &config.server_bandwidths}) {
+    for (const std::uint64_t bandwidth : *some) all.push_back(std::to_string(bandwidth));
+  }
+  return all.empty() ? "" : ", bandwidths " + namesOf(all);
+}
+
 std::string settingsText(const GroupConfig& config, const Routes& routes) {
   return "algorithm " + textOf(routes.ranges()) + ", chunk " +
          std::to_string(routes.map().chunkBytes()) + " B, window " +
          std::to_string(routes.windowBytesTotal()) + " B, checksum " +
-         (config.settings.checksum ? "on" : "off") + ", servers '" + namesOf(config.servers) + "'";
+         (config.settings.checksum ? "on" : "off") + ", servers '" + namesOf(config.servers) + "'" +
+         bandwidthsText(config);
+}
+
+Nics nicsOf(const GroupConfig& config) {
+  const Placement placement = Placement::fromPlaces(config.places, config.world_size);
+  Nics nics;
+  nics.host_of_rank = placement.hostOfRanks();
+  for (Rank host = 0; host < placement.hosts(); ++host) {
+    const Rank first = placement.ranksOf(host)[0];
+    nics.hosts.push_back(config.worker_bandwidths.empty() ? 1 : config.worker_bandwidths[first]);
+  }
+  nics.servers = config.server_bandwidths;
+  nics.servers.resize(config.servers.size(), 1);
+  return nics;
 }
 
 }  // namespace
@@ -55,7 +78,7 @@ GroupState::GroupState(GroupConfig config, transport::Transport& transport,
     : config_(std::move(config)),
       transport_(transport),
       local_(local),
-      routes_(config_.settings, Nics::equal(config_.world_size, config_.servers.size())) {}
+      routes_(config_.settings, nicsOf(config_)) {}
 
 std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& settings_text) {
   const auto n = static_cast<OwnerIndex>(config_.world_size);

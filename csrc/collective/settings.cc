@@ -45,6 +45,14 @@ constexpr std::array<std::pair<std::string_view, std::uint64_t>, 15> kUnits{{
     {"byte", 1},
 }};
 
+constexpr std::array<std::pair<std::string_view, std::uint64_t>, 5> kBitUnits{{
+    {"bit", 1},
+    {"kbit", 1'000},
+    {"mbit", 1'000'000},
+    {"gbit", 1'000'000'000},
+    {"tbit", 1'000'000'000'000},
+}};
+
 std::string_view trim(std::string_view text) {
   while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front())))
     text.remove_prefix(1);
@@ -106,6 +114,19 @@ Status checkAddress(std::string_view item) {
                  "', which is not a number from 1 to 65535");
   }
   return {};
+}
+
+/// A number and its unit; less than 0: it is none.
+template <class Units>
+double measure(std::string_view text, const Units& units) {
+  const std::string item = lower(trim(text));
+  double value = 0;
+  const auto [end, error] = std::from_chars(item.data(), item.data() + item.size(), value);
+  const std::string_view unit = trim(std::string_view(end, item.data() + item.size()));
+  const auto found = std::find_if(units.begin(), units.end(),
+                                  [&](const auto& known) { return known.first == unit; });
+  if (error != std::errc() || found == units.end() || !(value >= 0)) return -1;
+  return value * static_cast<double>(found->second);
 }
 
 /// "direct" or "mixed/128KiB/8MiB" into a range.
@@ -260,18 +281,19 @@ std::string Settings::algorithmText() const {
   return ranges.empty() ? std::string(nameOf(algorithm)) : textOf(ranges);
 }
 
+Result<std::uint64_t> parseBandwidth(std::string_view text) {
+  const double bits = measure(text, kBitUnits);
+  if (bits >= 1 && bits <= 9.0e15) return static_cast<std::uint64_t>(bits);
+  return wrong("'" + std::string(text) +
+               "' is no bandwidth; write it as in 10gbit, 2.5gbit or 800mbit");
+}
+
 Result<std::size_t> parseSize(std::string_view text) {
-  const std::string item = lower(trim(text));
-  double value = 0;
-  const auto [end, error] = std::from_chars(item.data(), item.data() + item.size(), value);
-  const std::string_view unit = trim(std::string_view(end, item.data() + item.size()));
-  const auto found = std::find_if(kUnits.begin(), kUnits.end(),
-                                  [&](const auto& known) { return known.first == unit; });
-  if (error != std::errc() || found == kUnits.end() || !(value >= 0)) {
+  const double bytes = measure(text, kUnits);
+  if (bytes < 0) {
     return wrong("'" + std::string(text) +
                  "' is no size; write bytes or a unit, as in 65536, 64KiB, 4MiB, 1GB");
   }
-  const double bytes = value * static_cast<double>(found->second);
   if (bytes > 9.0e15) return wrong("'" + std::string(text) + "' is too large a size");
   return static_cast<std::size_t>(bytes);
 }

@@ -28,6 +28,10 @@ Result<Carrier> parseCarrier(std::string_view text);
 /// "4MiB", "64KiB", "1GB", "4096" -> bytes (KiB = 1024, KB = 1000; case does not matter).
 Result<std::size_t> parseSize(std::string_view text);
 
+/// "10gbit", "2.5gbit", "800mbit", "1000000bit" -> bits per second (k = 1000; case does not
+/// matter).
+Result<std::uint64_t> parseBandwidth(std::string_view text);
+
 /// "host:port,host:port" or "[v6]:port" -> the list. Empty text: an empty list. Refuses empty
 /// items, missing or impossible ports and repeated addresses, and says which item is wrong.
 Result<std::vector<std::string>> parseServers(std::string_view text);

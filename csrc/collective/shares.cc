@@ -213,7 +213,11 @@ std::vector<std::uint64_t> ownerWeights(Algorithm algorithm, const Nics& nics, S
   const std::size_t k = nics.servers.size();
   REDUCER_CHECK(n > 0 && (algorithm != Algorithm::kServer || k > 0));
   Nics scaled = nics;
-  if (nics.hosts.size() == 1 && n > 1) scaled = Nics::equal(n, k);
+  if (nics.hosts.size() == 1) {
+    scaled = Nics::equal(static_cast<std::uint32_t>(n), static_cast<std::uint32_t>(k));
+    scaled.hosts.assign(n, nics.hosts[0]);
+    scaled.servers = nics.servers;
+  }
   if (algorithm == Algorithm::kServer) {
     std::vector<std::uint64_t> none;
     scaleDown(none, scaled.servers);

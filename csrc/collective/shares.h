@@ -34,7 +34,7 @@ enum class Senders { kRanks, kHosts };
 /// host go through no NIC. Where several shares are as good, as much as possible goes to the
 /// standalone reducers. Exact, in integers, so that all ranks get the same; for more hosts of
 /// different sizes than a common multiple of 65,536 can tell apart, and for bandwidths that differ
-/// by more than 1 : 65,535, rounded. If all ranks are on one host, as for equal NICs.
+/// by more than 1 : 65,535, rounded. If all ranks are on one host, as if each had a NIC like it.
 ///
 /// n senders of which one alone has the NIC b and owns the share y push 1 - y and, as an owner,
 /// send (n - 1) y; so it carries 1 + (n - 2) y, and a standalone reducer with the share x carries

@@ -154,6 +154,10 @@ PYBIND11_MODULE(_core, m) {
       "parse_size", [](const std::string& text) { return valueOf(collective::parseSize(text)); },
       py::arg("text"));
   m.def(
+      "parse_bandwidth",
+      [](const std::string& text) { return valueOf(collective::parseBandwidth(text)); },
+      py::arg("text"));
+  m.def(
       "parse_servers",
       [](const std::string& text) { return valueOf(collective::parseServers(text)); },
       py::arg("text"));

@@ -237,12 +237,16 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::derive(
   config.world_size = static_cast<std::int32_t>(ranks.size());
   config.workers.clear();
   config.places.clear();
+  config.worker_bandwidths.clear();
+  if (config.servers != config_.servers) config.server_bandwidths.clear();
   std::vector<std::uint64_t> global_ranks;
   std::string key = name;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     if (ranks[i] == rank_) config.rank = static_cast<Rank>(i);
     config.workers.push_back(config_.workers[ranks[i]]);
     if (!config_.places.empty()) config.places.push_back(config_.places[ranks[i]]);
+    if (!config_.worker_bandwidths.empty() && config.servers == config_.servers)
+      config.worker_bandwidths.push_back(config_.worker_bandwidths[ranks[i]]);
     global_ranks.push_back(global_ranks_[ranks[i]]);
     key += "," + std::to_string(ranks[i]);
   }

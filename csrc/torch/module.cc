@@ -59,9 +59,10 @@ class RuntimeHold {
 c10::intrusive_ptr<ReducerBackend> makeBackend(
     const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
     int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
-    std::vector<std::string> places, const std::string& algorithm, const std::string& transport,
-    std::size_t chunk_bytes, std::size_t window_bytes, bool checksum, Milliseconds connect_timeout,
-    Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
+    std::vector<std::string> places, std::vector<std::uint64_t> worker_bandwidths,
+    std::vector<std::uint64_t> server_bandwidths, const std::string& algorithm,
+    const std::string& transport, std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
+    Milliseconds connect_timeout, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -74,6 +75,8 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
   config.places = std::move(places);
+  config.worker_bandwidths = std::move(worker_bandwidths);
+  config.server_bandwidths = std::move(server_bandwidths);
   config.settings.carrier = carrierOf(transport);
   config.settings.chunk_bytes = chunk_bytes;
   config.settings.window_bytes = window_bytes;
@@ -152,7 +155,8 @@ PYBIND11_MODULE(_torch, m) {
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
-           py::arg("servers"), py::arg("places"), py::arg("algorithm"), py::arg("transport"),
+           py::arg("servers"), py::arg("places"), py::arg("worker_bandwidths"),
+           py::arg("server_bandwidths"), py::arg("algorithm"), py::arg("transport"),
            py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"),
            py::arg("connect_timeout"), py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)

@@ -188,6 +188,54 @@ TEST(Mixtures, RanksWhoseSizesGoDifferentWaysMeetAndGoOn) {
   }
 }
 
+TEST(Mixtures, UnequalNicsShiftBytesAndKeepTheSum) {
+  for (const char* algorithms : {"mixed", "server", "direct", "0-4KiB:direct,4KiB-:mixed"}) {
+    SCOPED_TRACE(algorithms);
+    ClusterOptions options = clusterOf(algorithms, 3);
+    SimCluster cluster(options);
+    cluster.groups().clear();
+    for (Rank r = 0; r < 4; ++r) {
+      auto config = cluster.config(r, "0123456789abcdeY", "unequal");
+      config.places = {"a", "a", "b", "c"};
+      config.worker_bandwidths = {20, 20, 10, 5};
+      config.server_bandwidths = {25, 100};
+      auto group = collective::Group::create(config, cluster.host(r), *cluster.locals()[r]);
+      ASSERT_TRUE(group.ok()) << group.status().message();
+      cluster.groups().push_back(std::move(group).value());
+    }
+    std::vector<std::vector<std::int32_t>> data(4, std::vector<std::int32_t>(40'001, 3));
+    std::vector<Outcome> outcomes(4);
+    for (Rank r = 0; r < 4; ++r) allReduce(cluster, r, data[r], outcomes[r]);
+    ASSERT_TRUE(cluster.finish(outcomes));
+    for (Rank r = 0; r < 4; ++r) {
+      EXPECT_TRUE(outcomes[r].status.ok()) << outcomes[r].status.message();
+      for (const std::int32_t value : data[r]) ASSERT_EQ(value, 12);
+    }
+    const auto pushed = [&](int server) {
+      return cluster.reducers()[server]->stats().pushed_bytes;
+    };
+    if (std::string(algorithms) == "direct") {
+      EXPECT_EQ(pushed(0) + pushed(1), 0u);
+    } else {
+      EXPECT_NEAR(static_cast<double>(pushed(1)), 4.0 * static_cast<double>(pushed(0)),
+                  0.05 * static_cast<double>(pushed(1)));
+    }
+  }
+}
+
+TEST(Mixtures, BandwidthsAreGivenForAllOrForNone) {
+  SimCluster cluster(clusterOf("mixed", 1));
+  auto config = cluster.config(0, "0123456789abcdeZ", "other");
+  config.worker_bandwidths = {1, 1, 1, 1};
+  auto group = collective::Group::create(config, cluster.host(0), *cluster.locals()[0]);
+  ASSERT_FALSE(group.ok());
+  EXPECT_NE(group.status().message().find("4 of 4 ranks and 0 of 2 standalone"), std::string::npos)
+      << group.status().message();
+  config.server_bandwidths = {1, 0};
+  group = collective::Group::create(config, cluster.host(0), *cluster.locals()[0]);
+  EXPECT_FALSE(group.ok());
+}
+
 TEST(Mixtures, ServerAmongTheRangesNeedsServers) {
   ClusterOptions options = clusterOf("0-1MiB:direct,1MiB-:direct", 1);
   options.servers = 0;

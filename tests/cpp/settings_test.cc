@@ -30,6 +30,18 @@ TEST(ParseSize, SaysWhatIsWrong) {
   }
 }
 
+TEST(ParseBandwidth, TakesBitsWithTheirUnit) {
+  EXPECT_EQ(parseBandwidth("10gbit").value(), 10'000'000'000u);
+  EXPECT_EQ(parseBandwidth(" 2.5 Gbit ").value(), 2'500'000'000u);
+  EXPECT_EQ(parseBandwidth("800mbit").value(), 800'000'000u);
+  EXPECT_EQ(parseBandwidth("1bit").value(), 1u);
+  for (const char* text : {"", "10", "10GB", "0gbit", "-1gbit", "fast", "1e30gbit", "nan gbit"}) {
+    const auto bandwidth = parseBandwidth(text);
+    ASSERT_FALSE(bandwidth.ok()) << text;
+    EXPECT_NE(bandwidth.status().message().find("'" + std::string(text) + "'"), std::string::npos);
+  }
+}
+
 TEST(ParseServers, TakesNamesAddressesAndBrackets) {
   EXPECT_EQ(parseServers("").value(), std::vector<std::string>{});
   EXPECT_EQ(parseServers(" a:1 , 10.0.0.2:70,[::1]:7000").value(),

@@ -253,6 +253,15 @@ MALFORMED: dict[str, tuple[dict[str, str], str]] = {
         {"REDUCER_ALGORITHM": "0-64KiB:direct,64KiB-:server"},
         "REDUCER_ALGORITHM: '64KiB-:server' needs standalone reducers, and REDUCER_SERVERS is empty",
     ),
+    "bandwidth": ({"REDUCER_BANDWIDTH": "10"}, "REDUCER_BANDWIDTH: '10' is no bandwidth; write it as in 10gbit"),
+    "bandwidth of a server": (
+        {"REDUCER_SERVERS": "a:1@10gbit,b:2@fast"},
+        "REDUCER_SERVERS: 'b:2@fast': 'fast' is no bandwidth",
+    ),
+    "bandwidth of some servers": (
+        {"REDUCER_SERVERS": "a:1@10gbit,b:2"},
+        "REDUCER_SERVERS: 'b:2' has no bandwidth and others have; write b:2@10gbit, or none",
+    ),
     "server without servers": ({"REDUCER_ALGORITHM": "server"}, "'server' needs standalone reducers"),
 }
 
