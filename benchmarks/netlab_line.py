@@ -1,4 +1,4 @@
-"""The line rate: what one plain TCP stream moves between two emulated hosts."""
+"""The line: what one plain TCP stream moves between two emulated hosts, and how long a byte takes."""
 
 from __future__ import annotations
 
@@ -42,6 +42,61 @@ def _send(namespace: str, address: str, port: int) -> None:
                 stream.sendall(block)
         except OSError:
             return  # the receiver has seen enough and closed
+
+
+def _echo(namespace: str, address: str, answers: Connection) -> None:
+    become_child(namespace)
+    with socket.create_server((address, 0)) as listener:
+        listener.settimeout(_DEADLINE_SECONDS)
+        answers.send(listener.getsockname()[1])
+        stream, _ = listener.accept()
+    with stream:
+        stream.settimeout(_DEADLINE_SECONDS)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while byte := stream.recv(1):
+            stream.sendall(byte)
+
+
+def _ping(namespace: str, address: str, port: int, times: int, answers: Connection) -> None:
+    become_child(namespace)
+    with socket.create_connection((address, port), timeout=_DEADLINE_SECONDS) as stream:
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        taken = []
+        for _ in range(times):
+            begin = time.monotonic()
+            stream.sendall(b"x")
+            stream.recv(1)
+            taken.append(time.monotonic() - begin)
+    answers.send(sorted(taken)[times // 2])
+
+
+def one_way_seconds(cluster: Cluster, source: str, target: str, times: int = 500) -> float:
+    """Half of a plain TCP ping-pong of one byte between two emulated hosts, the median of `times`."""
+    context = multiprocessing.get_context("fork")
+    port_ours, port_theirs = context.Pipe(duplex=False)
+    ours, theirs = context.Pipe(duplex=False)
+    address = cluster.address(target)
+    echo = context.Process(target=_echo, args=(cluster.namespace(target), address, port_theirs), daemon=True)
+    ping = None
+    try:
+        with signals_held():
+            echo.start()
+        if not port_ours.poll(_DEADLINE_SECONDS):
+            raise NetlabError("the ping-pong's echo did not start")
+        arguments = (cluster.namespace(source), address, port_ours.recv(), times, theirs)
+        ping = context.Process(target=_ping, args=arguments, daemon=True)
+        with signals_held():
+            ping.start()
+        if not ours.poll(_DEADLINE_SECONDS):
+            raise NetlabError(f"no TCP ping-pong from {source} to {target} in {_DEADLINE_SECONDS} s")
+        return float(ours.recv()) / 2
+    finally:
+        for process in (echo, ping):
+            if process is not None:
+                process.kill()
+                process.join(_DEADLINE_SECONDS)
+        for end in (port_ours, port_theirs, ours, theirs):
+            end.close()
 
 
 def line_rate(cluster: Cluster, source: str, target: str, seconds: float = 2.0) -> float:

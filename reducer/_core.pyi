@@ -100,7 +100,7 @@ class Simulation:
         jitter_s: float,
         chunk_bytes: int,
         window_bytes: int,
-        quantum_bytes: int,
+        burst_bytes: int,
         cores: int,
         shared_cores: bool,
         frame_s: float,

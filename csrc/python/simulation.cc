@@ -41,7 +41,7 @@ std::unique_ptr<simulate::Simulation> create(std::int32_t workers, std::int32_t 
                                              const std::string& algorithm, double bytes_per_second,
                                              double reducer_bytes_per_second, double latency_s,
                                              double jitter_s, std::size_t chunk_bytes,
-                                             std::size_t window_bytes, std::size_t quantum_bytes,
+                                             std::size_t window_bytes, std::size_t burst_bytes,
                                              int cores, bool shared_cores, double frame_s,
                                              double byte_s, std::uint64_t seed, bool check) {
   simulate::SimulationOptions options;
@@ -51,7 +51,7 @@ std::unique_ptr<simulate::Simulation> create(std::int32_t workers, std::int32_t 
   options.settings.chunk_bytes = chunk_bytes;
   options.settings.window_bytes = window_bytes;
   options.nic.bytes_per_second = bytes_per_second;
-  options.nic.quantum_bytes = quantum_bytes;
+  options.nic.burst_bytes = burst_bytes;
   options.reducer_bytes_per_second = reducer_bytes_per_second;
   options.latency = durationOf(latency_s);
   options.jitter = durationOf(jitter_s);
@@ -78,6 +78,8 @@ py::dict measure(simulate::Simulation& simulation, std::size_t nbytes, int itera
   result["processor_of_reducer"] = measurement.processor.reducer;
   result["frames"] = measurement.frames;
   result["frames_per_second"] = measurement.frames_per_second;
+  result["all_frames"] = measurement.all_frames;
+  result["all_bytes"] = measurement.all_bytes;
   result["held_bytes"] = measurement.held_bytes;
   result["waiting_bytes"] = measurement.waiting_bytes;
   result["outstanding_bytes"] = measurement.outstanding_bytes;
@@ -103,7 +105,7 @@ void addSimulation(py::module_& module) {
       .def(py::init(&create), py::kw_only(), py::arg("workers"), py::arg("reducers"),
            py::arg("algorithm"), py::arg("bytes_per_second"), py::arg("reducer_bytes_per_second"),
            py::arg("latency_s"), py::arg("jitter_s"), py::arg("chunk_bytes"),
-           py::arg("window_bytes"), py::arg("quantum_bytes"), py::arg("cores"),
+           py::arg("window_bytes"), py::arg("burst_bytes"), py::arg("cores"),
            py::arg("shared_cores"), py::arg("frame_s"), py::arg("byte_s"), py::arg("seed"),
            py::arg("check"))
       .def("measure", &measure, py::arg("nbytes"), py::arg("iterations"))

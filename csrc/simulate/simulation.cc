@@ -290,6 +290,8 @@ void Job::compareHosts(const Run& run, double elapsed, Measurement& measurement)
     const auto frames = static_cast<double>(after.sent_frames - before.sent_frames +
                                             after.received_frames - before.received_frames);
     measurement.frames = std::max(measurement.frames, frames / operations);
+    measurement.all_frames += frames / operations;
+    measurement.all_bytes += static_cast<double>(sides[0].second + sides[1].second) / operations;
     measurement.waiting_bytes = std::max(measurement.waiting_bytes, after.waiting_bytes_max);
     measurement.held_bytes = std::max(measurement.held_bytes, node.server->stats().held_bytes_max);
   }

@@ -46,6 +46,8 @@ struct Measurement {
   double nic_bytes = 0;             ///< for one all-reduce, through the busiest direction of a NIC
   double frames_per_second = 0;     ///< to and from the busiest owner
   double frames = 0;                ///< the same, for one all-reduce
+  double all_frames = 0;            ///< of one all-reduce, at all hosts: each is sent and received
+  double all_bytes = 0;             ///< theirs
   std::uint64_t held_bytes = 0;     ///< most that an owner held in contributions, since the start
   std::uint64_t waiting_bytes = 0;  ///< most that waited before a NIC, since the start
   std::uint64_t outstanding_bytes = 0;  ///< most that a worker had in flight, since the start

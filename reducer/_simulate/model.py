@@ -28,7 +28,7 @@ class Network:
     shared_cores: bool = False  #: all hosts share the cores, as on an emulated cluster
     frame_s: float = 0.0
     byte_s: float = 0.0
-    quantum_bytes: int = 64 << 10
+    burst_bytes: int = 0  #: pass at once after a pause, as through an emulated NIC
 
     @property
     def line(self) -> float:
@@ -153,6 +153,8 @@ def jobs_of(workers: Sequence[int], reducers: str, algorithms: Sequence[str], ch
             for algorithm in algorithms:
                 if algorithm in ("server", "mixed") and k == 0:
                     continue
+                if algorithm == "auto" and ("mixed" if k else "direct") in algorithms:
+                    continue  # the same job again
                 own = 0 if algorithm in ("direct", "ring") else k
                 jobs.append(Job(n, own, algorithm, chunk, window))
     if not jobs:
@@ -174,7 +176,7 @@ def simulate(job: Job, network: Network, sizes: Sequence[int], iterations: int, 
         jitter_s=network.jitter_s,
         chunk_bytes=job.chunk_bytes,
         window_bytes=job.window_bytes,
-        quantum_bytes=network.quantum_bytes,
+        burst_bytes=network.burst_bytes,
         cores=network.cores,
         shared_cores=network.shared_cores,
         frame_s=network.frame_s,

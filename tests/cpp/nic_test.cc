@@ -217,6 +217,25 @@ TEST(Nic, TheSlowerOfTwoNicsIsTheLimitAndDoesNotHoldUpOthers) {
   EXPECT_NEAR(inSeconds(two.second->last - begin), alone, 0.01 * alone);
 }
 
+TEST(Nic, ABurstPassesAtOnceAfterAPause) {
+  SimOptions options = Nics::options();
+  options.nic.burst_bytes = 128 << 10;
+  Nics nics(options);
+  nics.add("a");
+  nics.add("b");
+  const auto [near, far] = nics.connect("a", "b");
+  nics.runDry();
+  TimePoint begin = nics.network().now();
+  nics.send(*near, 1);
+  nics.runDry();
+  EXPECT_LT(far->last - begin, 25us);
+  begin = nics.network().now();
+  nics.send(*near, 100);
+  nics.runDry();
+  EXPECT_NEAR(inSeconds(far->last - begin), (100 * kChunk * (1514.0 / 1448) - (128 << 10)) / kRate,
+              1e-3);
+}
+
 TEST(Nic, AProcessorsCoresAreShared) {
   for (const bool shared : {false, true}) {
     SCOPED_TRACE(shared);

@@ -27,6 +27,7 @@ std::unique_ptr<Nic> World::makeNic(double bytes_per_second) {
   auto nic = std::make_unique<Nic>();
   for (Port& port : nic->ports) {
     port.bytes_per_second = bytes_per_second > 0 ? bytes_per_second : options_.nic.bytes_per_second;
+    port.burst_bytes = static_cast<double>(options_.nic.burst_bytes);
   }
   const ProcessorModel& model = options_.processor;
   if (model.cores > 0) {
@@ -123,7 +124,7 @@ void World::serve(const std::shared_ptr<Host>& host, const std::shared_ptr<Flow>
   flow->credit[side] -= segment;
   port.serving = flow;
   port.segment = segment;
-  const Duration time = port.timeOf(segment);
+  const Duration time = port.take(nowHeld(), segment);
   if (side == Nic::kIn) {
     flow->reached.pop_front();
     port.waiting_bytes -= segment;

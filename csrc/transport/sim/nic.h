@@ -65,6 +65,9 @@ struct Flow {
 /// One direction of a NIC.
 struct Port {
   double bytes_per_second = 0;
+  double burst_bytes = 0;
+  double tokens = 0;  ///< bytes that pass at once, when `tokens_at` was
+  TimePoint tokens_at;
   std::shared_ptr<Flow> serving;
   std::uint32_t segment = 0;  ///< of it
   Fifo<std::shared_ptr<Flow>> turns;
@@ -73,6 +76,18 @@ struct Port {
   Duration timeOf(std::uint64_t nbytes) const {
     return Duration(
         static_cast<Duration::rep>(static_cast<double>(nbytes) * 1e9 / bytes_per_second));
+  }
+
+  /// How long a segment takes that begins now.
+  Duration take(TimePoint now, std::uint64_t nbytes) {
+    if (burst_bytes == 0) return timeOf(nbytes);
+    const double idle = std::chrono::duration<double>(now - tokens_at).count();
+    tokens = std::min(burst_bytes, tokens + idle * bytes_per_second);
+    const double left = std::max(0.0, static_cast<double>(nbytes) - tokens);
+    tokens = std::max(0.0, tokens - static_cast<double>(nbytes));
+    const Duration time = timeOf(static_cast<std::uint64_t>(left));
+    tokens_at = now + time;
+    return time;
   }
 };
 

@@ -20,6 +20,8 @@ struct NicModel {
   std::size_t packet_bytes = 1448;
   std::size_t header_bytes = 66;
   std::size_t quantum_bytes = std::size_t{64} << 10;  ///< of a connection's turn
+  /// After a pause so many bytes pass at once, as through the token bucket of an emulated NIC.
+  std::size_t burst_bytes = 0;
 };
 
 /// A host's processor: it works on each frame before it leaves and before the handler gets it, one
