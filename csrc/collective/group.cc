@@ -85,9 +85,15 @@ class GroupHandle final : public Group {
       ring(call, in, out, count, std::move(options), std::move(done));
       return;
     }
+    const std::size_t nbytes = count * sizeOf(dtype);
+    if (const ShardMap* rails = state_->rails(route, nbytes)) {
+      state_->runTwoLevel(call, *rails, bytes(in), bytes(out), nbytes, std::move(options),
+                          std::move(done));
+      return;
+    }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  std::vector<Transfer> transfers = mapped(route, count * sizeOf(dtype), seq);
+                  std::vector<Transfer> transfers = mapped(route, nbytes, seq);
                   transfers.back().in = bytes(in);
                   transfers.back().out = bytes(out);
                   return transfers;
@@ -471,6 +477,10 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
                    std::to_string(config.workers.size()));
   }
   if (Status status = checkBandwidths(config); !status.ok()) return status;
+  if (!config.places.empty() && config.places.size() != config.workers.size()) {
+    return invalid("a place for each rank is needed, or none: " + std::to_string(n) + ", not " +
+                   std::to_string(config.places.size()));
+  }
   if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
   if (Status status = checkAlgorithm(config); !status.ok()) return status;
   if (config.settings.chunk_bytes != 0 && (config.settings.chunk_bytes < kMinChunkBytes ||

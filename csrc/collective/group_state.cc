@@ -4,8 +4,10 @@
 #include <chrono>
 #include <cstdio>
 #include <limits>
+#include <numeric>
 
 #include "collective/ring.h"
+#include "common/hexadecimal.h"
 #include "common/limits.h"
 #include "common/placement.h"
 #include "engine/engine.h"
@@ -50,16 +52,21 @@ std::string bandwidthsText(const GroupConfig& config) {
   return all.empty() ? "" : ", bandwidths " + namesOf(all);
 }
 
-std::string settingsText(const GroupConfig& config, const Routes& routes) {
-  return "algorithm " + textOf(routes.ranges()) + ", chunk " +
-         std::to_string(routes.map().chunkBytes()) + " B, window " +
-         std::to_string(routes.windowBytesTotal()) + " B, checksum " +
-         (config.settings.checksum ? "on" : "off") + ", servers '" + namesOf(config.servers) + "'" +
-         bandwidthsText(config);
+std::string settingsText(const GroupConfig& config, const Routes& routes,
+                         const Placement& placement) {
+  std::string text = "algorithm " + textOf(routes.ranges()) + ", chunk " +
+                     std::to_string(routes.map().chunkBytes()) + " B, window " +
+                     std::to_string(routes.windowBytesTotal()) + " B, checksum " +
+                     (config.settings.checksum ? "on" : "off") + ", servers '" +
+                     namesOf(config.servers) + "'" + bandwidthsText(config);
+  if (placement.hosts() < placement.worldSize()) {
+    text += ", hosts " + describeHosts(placement.hostOfRanks()) + ", transport " +
+            std::string(nameOf(config.settings.carrier));
+  }
+  return text;
 }
 
-Nics nicsOf(const GroupConfig& config) {
-  const Placement placement = Placement::fromPlaces(config.places, config.world_size);
+Nics nicsOf(const GroupConfig& config, const Placement& placement) {
   Nics nics;
   nics.host_of_rank = placement.hostOfRanks();
   for (Rank host = 0; host < placement.hosts(); ++host) {
@@ -71,6 +78,31 @@ Nics nicsOf(const GroupConfig& config) {
   return nics;
 }
 
+/// The owners of what goes from host to host, by route, where that is a level of its own. What
+/// takes part there are hosts.
+std::vector<std::optional<ShardMap>> railsOf(const GroupConfig& config, const Routes& routes,
+                                             const Placement& placement) {
+  const Carrier carrier = config.settings.carrier;
+  const bool shared = carrier == Carrier::kAuto || carrier == Carrier::kShm;
+  std::vector<std::optional<ShardMap>> rails;
+  for (const Routes::Route& route : routes.all()) {
+    const SizeRange& range = route.range;
+    if (!shared || !placement.levels() || range.algorithm == Algorithm::kRing) {
+      rails.emplace_back();
+      continue;
+    }
+    Nics hosts = nicsOf(config, placement);
+    hosts.host_of_rank.resize(hosts.hosts.size());
+    std::iota(hosts.host_of_rank.begin(), hosts.host_of_rank.end(), 0);
+    rails.emplace_back(
+        ShardMap(ownerWeights(range.algorithm, hosts), range.chunk_bytes, range.window_bytes));
+  }
+  return rails;
+}
+
+// Below, one hop of all ranks' bytes takes less time than two levels.
+constexpr std::size_t kTwoLevelBytesMin = 256 << 10;
+
 }  // namespace
 
 GroupState::GroupState(GroupConfig config, transport::Transport& transport,
@@ -78,7 +110,9 @@ GroupState::GroupState(GroupConfig config, transport::Transport& transport,
     : config_(std::move(config)),
       transport_(transport),
       local_(local),
-      routes_(config_.settings, nicsOf(config_)) {}
+      placement_(Placement::fromPlaces(config_.places, config_.world_size)),
+      routes_(config_.settings, nicsOf(config_, placement_)),
+      rails_(railsOf(config_, routes_, placement_)) {}
 
 std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& settings_text) {
   const auto n = static_cast<OwnerIndex>(config_.world_size);
@@ -96,6 +130,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.hello.window_bytes = link.window_bytes;
   link.hello.config_text = settings_text;
   link.hello.config = fnv1a(settings_text);
+  if (placement_.hosts() < placement_.worldSize()) link.hello.hosts = placement_.hostOfRanks();
   const std::string address = owner < n ? config_.workers[owner] : config_.servers[owner - n];
   link.name =
       owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
@@ -108,7 +143,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
 }
 
 void GroupState::start() {
-  const std::string text = settingsText(config_, routes_);
+  const std::string text = settingsText(config_, routes_, placement_);
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
   }
@@ -234,6 +269,63 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
          });
 }
 
+// ------------------------------------------------------------------ two levels
+
+const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes) const {
+  const std::optional<ShardMap>& rails = rails_[&route - routes_.all().data()];
+  const std::size_t least =
+      std::min(kTwoLevelBytesMin, segmentBytes(placement_, config_.settings.chunk_bytes));
+  return rails && nbytes >= least ? &*rails : nullptr;
+}
+
+void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails, const std::byte* in,
+                             std::byte* out, std::size_t nbytes, CallOptions options, Done done) {
+  launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
+         [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
+           const std::uint64_t seq = info.seq;
+           TwoLevel::Shape shape;
+           shape.placement = &placement_;
+           shape.rank = config_.rank;
+           shape.rails = &rails;
+           shape.segment_bytes = segmentBytes(placement_, config_.settings.chunk_bytes);
+           shape.nbytes = nbytes;
+           const auto levels = std::make_shared<TwoLevel>(std::move(info), shape, in, out);
+           operation = levels;
+           if (placement_.ranksOf(placement_.hostOf(config_.rank)).size() > 1) {
+             if (!stage_) stage_ = makeStage();
+             stage_->start(levels);
+           }
+           return levels->cursors(routes_.coordinator(seq));
+         });
+}
+
+std::shared_ptr<HostStage> GroupState::makeStage() {
+  const Rank host = placement_.hostOf(config_.rank);
+  const std::span<const Rank> ranks = placement_.ranksOf(host);
+  HostStage::Config stage;
+  stage.meeting = "levels/" + hexadecimal(config_.job) + "/" + std::to_string(host);
+  stage.place = static_cast<std::uint32_t>(std::find(ranks.begin(), ranks.end(), config_.rank) -
+                                           ranks.begin());
+  stage.ranks.assign(ranks.begin(), ranks.end());
+  stage.segment_bytes = segmentBytes(placement_, config_.settings.chunk_bytes);
+  stage.fail = [weak = weak_from_this()](const std::shared_ptr<Operation>& operation,
+                                         const Status& why) {
+    if (const auto self = weak.lock()) self->fail(operation, why);
+  };
+  stage.lost = [weak = weak_from_this()](const Status& why) {
+    if (const auto self = weak.lock()) self->abort(why);
+  };
+  stage.pump = [weak = weak_from_this()](const std::vector<OwnerIndex>& owners) {
+    if (const auto self = weak.lock()) self->pump(owners);
+  };
+  return std::make_shared<HostStage>(std::move(stage));
+}
+
+std::shared_ptr<HostStage> GroupState::stage() {
+  const std::lock_guard lock(mutex_);
+  return stage_;
+}
+
 // ------------------------------------------------------------------ receives from any rank
 
 std::vector<Receives::Match> GroupState::matchReceives(std::uint32_t tag) {
@@ -316,6 +408,9 @@ std::vector<std::shared_ptr<Operation>> GroupState::operations() {
 
 void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status& status) {
   if (!operation->fail(status)) return;
+  if (const auto stage = this->stage(); stage && operation->info().lane == wire::kCollectiveLane) {
+    stage->failed(operation->info().seq, status);
+  }
   for (const auto& link : links_) {
     link->cancel(*operation, status);
     link->pump(std::numeric_limits<std::size_t>::max());  // others may have waited for its place in
@@ -382,6 +477,11 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
     from += (from.empty() ? " from " : ", ") + link->name() + " (" + std::to_string(pieces) +
             (pieces == 1 ? " chunk" : " chunks") + (link->connected() ? ")" : ", not connected)");
   }
+  if (const auto* levels = dynamic_cast<const TwoLevel*>(&operation)) {
+    const auto stage = this->stage();
+    const std::string missing = stage ? stage->waitsFor(*levels) : "";
+    if (!missing.empty()) return text + (from.empty() ? "" : from + ";") + " " + missing;
+  }
   return text + (from.empty() ? ": data is still being sent" : from);
 }
 
@@ -409,6 +509,7 @@ void GroupState::close() {
     ticker = std::move(ticker_);
   }
   ticker.reset();
+  if (const auto stage = this->stage()) stage->stop();
   for (const auto& link : links_) link->close();
 }
 

@@ -14,10 +14,12 @@
 #include <vector>
 
 #include "collective/group.h"
+#include "collective/host_stage.h"
 #include "collective/link.h"
 #include "collective/operation.h"
 #include "collective/receives.h"
 #include "collective/routes.h"
+#include "common/placement.h"
 
 namespace reducer::collective {
 
@@ -46,6 +48,11 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   void runRing(const wire::Call& call, std::byte* out, std::uint64_t number, CallOptions options,
                Done done);
 
+  /// What an all-reduce of so many bytes goes by in two levels; null: in one. Equal on all ranks.
+  const ShardMap* rails(const Routes::Route& route, std::size_t nbytes) const;
+  void runTwoLevel(const wire::Call& call, const ShardMap& rails, const std::byte* in,
+                   std::byte* out, std::size_t nbytes, CallOptions options, Done done);
+
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
@@ -66,6 +73,8 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   using Queued = std::vector<std::pair<OwnerIndex, Cursor>>;
 
   std::shared_ptr<Link> makeLink(OwnerIndex owner, const std::string& settings_text);
+  std::shared_ptr<HostStage> makeStage();
+  std::shared_ptr<HostStage> stage();
   /// Makes the operation with its number and queues its pieces; all under one lock, so that every
   /// link has the operations in the order of their numbers.
   template <class Make>
@@ -84,14 +93,17 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   const GroupConfig config_;
   transport::Transport& transport_;
   server::ReducerServer& local_;
+  const Placement placement_;
   const Routes routes_;
-  std::vector<std::shared_ptr<Link>> links_;  // by OwnerIndex; constant after start()
+  const std::vector<std::optional<ShardMap>> rails_;  // by route; of two levels
+  std::vector<std::shared_ptr<Link>> links_;          // by OwnerIndex; constant after start()
 
   std::mutex mutex_;
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
-  std::int32_t workers_left_ = 0;  // said goodbye
+  std::shared_ptr<HostStage> stage_;  // since the first operation that needs it
+  std::int32_t workers_left_ = 0;     // said goodbye
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::condition_variable link_closed_;

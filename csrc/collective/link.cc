@@ -60,6 +60,7 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
     }
     if (queue.cursors.empty() || queue.outstanding >= kAwaitedMax) continue;
     Cursor& cursor = queue.cursors.front();
+    if (!cursor.operation->ready(cursor)) continue;
     // Making a piece is cheap, and the one that does not fit is made again later.
     Piece piece = cursor.operation->piece(cursor.transfer, cursor.position, cursor.round);
     const std::size_t cost = costOf(piece);

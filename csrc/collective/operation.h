@@ -19,6 +19,8 @@ struct Piece {
   std::byte* out = nullptr;  ///< null: this rank does not pull
 };
 
+struct Cursor;
+
 /// An operation lives as long as anything of it is under way: pieces to be sent, answers that are
 /// awaited, payloads whose bytes have not left. Its end is its destruction: then `done` is called
 /// with Ok, unless it failed before.
@@ -42,6 +44,10 @@ class Operation : public std::enable_shared_from_this<Operation> {
 
   /// The piece at a cursor's place. Called once for each.
   virtual Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) = 0;
+
+  /// False: the piece cannot be made yet. Those behind it in the lane wait with it, so that every
+  /// link sends the pieces of a lane in one order; who makes it ready pumps the link.
+  virtual bool ready(const Cursor& /*cursor*/) const { return true; }
 
   /// The answer for a piece. Its payload has the piece's length if the piece pulls, else none.
   virtual void accept(const Piece& piece, const Payload& result) {

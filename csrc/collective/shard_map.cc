@@ -38,16 +38,17 @@ std::uint64_t scaled(std::uint64_t value, std::uint64_t numerator, std::uint64_t
 
 }  // namespace
 
-std::uint64_t Plan::boundary(std::uint64_t round, std::size_t position) const {
-  const std::uint64_t begin = scaled(nbytes, round, rounds);
-  const std::uint64_t end = scaled(nbytes, round + 1, rounds);
+std::uint64_t Plan::boundary(std::uint64_t of_nbytes, std::uint64_t round,
+                             std::size_t position) const {
+  const std::uint64_t begin = scaled(of_nbytes, round, rounds);
+  const std::uint64_t end = scaled(of_nbytes, round + 1, rounds);
   const std::uint64_t at = begin + scaled(end - begin, before[position], before.back());
-  return at == nbytes ? nbytes : at / kAlign * kAlign;
+  return at == of_nbytes ? of_nbytes : at / kAlign * kAlign;
 }
 
-Span Plan::span(std::uint64_t round, std::size_t position) const {
-  const std::uint64_t begin = boundary(round, position);
-  return {begin, boundary(round, position + 1) - begin};
+Span Plan::span(std::uint64_t of_nbytes, std::uint64_t round, std::size_t position) const {
+  const std::uint64_t begin = boundary(of_nbytes, round, position);
+  return {begin, boundary(of_nbytes, round, position + 1) - begin};
 }
 
 Algorithm ShardMap::resolve(Algorithm algorithm, std::uint32_t k) {

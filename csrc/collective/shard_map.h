@@ -27,7 +27,11 @@ class Plan {
   std::uint32_t chunk(std::uint64_t round, std::size_t position) const {
     return static_cast<std::uint32_t>(round * owners.size() + position);
   }
-  Span span(std::uint64_t round, std::size_t position) const;
+  Span span(std::uint64_t round, std::size_t position) const {
+    return span(nbytes, round, position);
+  }
+  /// The same of a transfer of another size, cut in as many rounds.
+  Span span(std::uint64_t of_nbytes, std::uint64_t round, std::size_t position) const;
 
   std::vector<OwnerIndex> owners;  ///< by position
   std::vector<std::uint64_t>
@@ -36,7 +40,7 @@ class Plan {
   std::uint64_t rounds = 1;
 
  private:
-  std::uint64_t boundary(std::uint64_t round, std::size_t position) const;
+  std::uint64_t boundary(std::uint64_t of_nbytes, std::uint64_t round, std::size_t position) const;
 };
 
 /// The owners of a group with their shares. Immutable after construction; thread safe.

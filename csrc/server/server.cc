@@ -4,22 +4,13 @@
 #include <chrono>
 #include <cstdio>
 
+#include "common/hexadecimal.h"
 #include "common/limits.h"
 #include "server/local.h"
 #include "server/session.h"
 
 namespace reducer::server {
 namespace {
-
-std::string hexadecimal(const std::string& bytes) {
-  std::string text;
-  char digits[3];
-  for (const char byte : bytes) {
-    std::snprintf(digits, sizeof digits, "%02x", static_cast<unsigned char>(byte));
-    text += digits;
-  }
-  return text;
-}
 
 std::string mebibytes(std::uint64_t nbytes) {
   char text[32];

@@ -21,6 +21,7 @@ struct ClusterOptions {
   transport::SimOptions sim;
   std::size_t server_memory_bytes = std::size_t{4} << 30;
   std::string name = "default";
+  std::vector<std::string> places;  // by rank; empty: each its own
 };
 
 /// Where an operation's end is kept.
@@ -98,6 +99,7 @@ class SimCluster {
     config.servers = server_addresses_;
     config.host = "worker" + std::to_string(rank) + ":1";
     config.settings = options_.settings;
+    config.places = options_.places;
     return config;
   }
 
