@@ -197,9 +197,13 @@ class Ranks:
     ) -> list[Outcome]:
         """Runs `function` on every rank (or `only` some) at once; the outcomes, by rank."""
         ranks = list(range(self.n)) if only is None else only
+        self.start(ranks, function, *arguments, timeout_s=timeout_s)
+        return self.answers(ranks, timeout_s)
+
+    def start(self, ranks: list[int], function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> None:
+        """Has them run `function`; answers() has what comes of it."""
         for rank in ranks:
             self._pipes[rank].send((timeout_s, function, arguments))
-        return self._answers(ranks, timeout_s)
 
     def call(
         self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0, only: list[int] | None = None
@@ -211,7 +215,7 @@ class Ranks:
             raise RankFailure("\n".join(failed) + "\n" + self.logs())
         return [outcome.value for outcome in outcomes]
 
-    def _answers(self, ranks: list[int], timeout_s: float) -> list[Outcome]:
+    def answers(self, ranks: list[int], timeout_s: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout_s
         answers: dict[int, Outcome] = {}
         while len(answers) < len(ranks):
@@ -252,7 +256,7 @@ class Ranks:
         living = [rank for rank in range(self.n) if self._processes[rank].is_alive()]
         for rank in living:
             self._pipes[rank].send(None)
-        self._answers(living, _END_S)
+        self.answers(living, _END_S)
         deadline = time.monotonic() + _END_S
         for rank in living:
             self._processes[rank].join(max(0.0, deadline - time.monotonic()))
