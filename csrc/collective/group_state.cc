@@ -219,9 +219,7 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
 // operation no owner's NIC is every worker's first.
 void GroupState::pump(const std::vector<OwnerIndex>& owners) {
   if (owners.empty()) return;
-  const auto first =
-      std::upper_bound(owners.begin(), owners.end(), static_cast<OwnerIndex>(config_.rank));
-  const std::size_t shift = first == owners.end() ? 0 : first - owners.begin();
+  const std::size_t shift = (static_cast<std::size_t>(config_.rank) + 1) % owners.size();
   bool more = true;
   while (more) {
     more = false;
