@@ -58,7 +58,7 @@ bool lockPlace(int fd, int command, std::size_t place, struct flock& lock) {
 }  // namespace
 
 Result<std::unique_ptr<Segment>> Segment::create(std::size_t nbytes) {
-  const OwnFd fd(memfd_create("reducer", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  OwnFd fd(memfd_create("reducer", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) return failed("memfd_create", errno);
   if (fchmod(fd.get(), S_IRUSR | S_IWUSR) != 0) return failed("fchmod of shared memory", errno);
   if (ftruncate(fd.get(), static_cast<off_t>(nbytes)) != 0) {
@@ -71,7 +71,9 @@ Result<std::unique_ptr<Segment>> Segment::create(std::size_t nbytes) {
   if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return failed("sealing shared memory", errno);
   }
-  return map(fd.get(), nbytes);
+  auto segment = map(fd.get(), nbytes);
+  if (segment.ok()) segment.value()->shared_ = std::move(fd);
+  return segment;
 }
 
 Result<std::unique_ptr<Segment>> Segment::open(int fd, std::size_t nbytes) {
@@ -84,9 +86,11 @@ Result<std::unique_ptr<Segment>> Segment::open(int fd, std::size_t nbytes) {
 
 Result<std::unique_ptr<Segment>> Segment::map(int fd, std::size_t nbytes) {
   std::unique_ptr<Segment> segment(new Segment);
-  // A description of this object's own, since locks belong to descriptions.
-  segment->fd_ = OwnFd(::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDWR | O_CLOEXEC));
-  if (!segment->fd_) return failed("opening shared memory again through /proc/self/fd", errno);
+  // A description of this object's own, since locks belong to descriptions. Not the one that is
+  // mapped or handed over, which others (a forked child's mapping, too) may hold on to.
+  segment->lock_ =
+      OwnFd(::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_RDWR | O_CLOEXEC));
+  if (!segment->lock_) return failed("opening shared memory again through /proc/self/fd", errno);
   auto data = mapOnce(fd, nbytes);
   if (!data.ok()) return data.status();
   segment->data_ = std::move(data).value();
@@ -96,13 +100,13 @@ Result<std::unique_ptr<Segment>> Segment::map(int fd, std::size_t nbytes) {
 
 bool Segment::occupy(std::size_t place) const {
   struct flock lock;
-  return lockPlace(fd_.get(), F_OFD_SETLK, place, lock);
+  return lockPlace(lock_.get(), F_OFD_SETLK, place, lock);
 }
 
 bool Segment::occupied(std::size_t place) const {
   struct flock lock;
   // If the kernel cannot say, nobody is declared dead.
-  return !lockPlace(fd_.get(), F_OFD_GETLK, place, lock) || lock.l_type != F_UNLCK;
+  return !lockPlace(lock_.get(), F_OFD_GETLK, place, lock) || lock.l_type != F_UNLCK;
 }
 
 }  // namespace reducer::local

@@ -29,8 +29,8 @@ class Segment {
 
   std::byte* data() const { return data_.get(); }
   std::size_t nbytes() const { return nbytes_; }
-  /// To be handed to others.
-  int fd() const { return fd_.get(); }
+  /// To be handed to others, by the one that made it.
+  int fd() const { return shared_.get(); }
 
   /// Shows that `place` lives. False if another has it.
   bool occupy(std::size_t place) const;
@@ -40,7 +40,8 @@ class Segment {
  private:
   static Result<std::unique_ptr<Segment>> map(int fd, std::size_t nbytes);
 
-  OwnFd fd_;
+  OwnFd lock_;
+  OwnFd shared_;
   std::shared_ptr<std::byte> data_;
   std::size_t nbytes_ = 0;
 };
