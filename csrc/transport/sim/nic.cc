@@ -140,7 +140,9 @@ void World::serve(const std::shared_ptr<Host>& host, const std::shared_ptr<Flow>
   nic.counters.sent_bytes += segment;
   flow->under_way.push_back(segment);
   // It goes through the other port while it leaves this one, and not before its last byte has left.
-  const Duration behind = time - flow->to_host->nic->ports[Nic::kIn].timeOf(segment);
+  // A token bucket lets it pass as a whole.
+  const Duration through = flow->to_host->nic->ports[Nic::kIn].timeOf(segment);
+  const Duration behind = port.burst_bytes > 0 ? time : time - through;
   flow->last_reach =
       std::max(flow->last_reach, nowHeld() + delay() + std::max(Duration::zero(), behind));
   pushEvent(Event::Kind::kReach, flow, flow->last_reach);

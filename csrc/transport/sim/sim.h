@@ -20,7 +20,8 @@ struct NicModel {
   std::size_t packet_bytes = 1448;
   std::size_t header_bytes = 66;
   std::size_t quantum_bytes = std::size_t{64} << 10;  ///< of a connection's turn
-  /// After a pause so many bytes pass at once, as through the token bucket of an emulated NIC.
+  /// Not 0: a token bucket, as an emulated NIC has. After a pause so many bytes pass at once, and
+  /// a segment is at the receiver's port when it has left the sender's as a whole.
   std::size_t burst_bytes = 0;
 };
 
