@@ -67,13 +67,13 @@ class Comparison:
         return self.simulated_s / self.emulated_s
 
 
-def parse_job(text: str) -> Job:
+def parse_job(text: str, chunk_bytes: int = 0) -> Job:
     """ "mixed:8+4": mixed with 8 workers and 4 reducers. ValueError says what is wrong with it."""
     algorithm, _, counts = text.strip().partition(":")
     workers, _, reducers = counts.partition("+")
     if algorithm not in ("direct", "server", "mixed", "ring") or not (workers.isdigit() and reducers.isdigit()):
         raise ValueError(f"{text!r} is no job: write it like mixed:8+4 (direct, server, mixed or ring)")
-    return Job(int(workers), int(reducers), algorithm)
+    return Job(int(workers), int(reducers), algorithm, chunk_bytes)
 
 
 def emulate(cluster: Cluster, job: Job, sizes: list[int], seconds: float) -> Case:
@@ -84,7 +84,8 @@ def emulate(cluster: Cluster, job: Job, sizes: list[int], seconds: float) -> Cas
         if job.reducers:
             labels = [f"r{i}" for i in range(job.reducers)]
             contender.start_reducers(netlab.server_binary(), labels, 1, "auto")
-        contender.start_workers([f"w{i}" for i in range(job.workers)], "reducer", {})
+        settings = {"REDUCER_CHUNK_BYTES": str(job.chunk_bytes)} if job.chunk_bytes else {}
+        contender.start_workers([f"w{i}" for i in range(job.workers)], "reducer", settings)
         for nbytes in sizes:
             first = contender.run(Turn(nbytes, 2), 60.0)
             count = max(4, min(400, round(seconds / median(first.seconds))))
@@ -190,12 +191,14 @@ def main(
     rate: Annotated[str, typer.Option(help="Each host's NIC, as tc writes it.")] = "200mbit",
     sizes: Annotated[str, typer.Option(help="Tensors, beside 1 KiB.")] = "1MiB,16MiB",
     seconds: Annotated[float, typer.Option(min=0.1, help="To emulate each job at each size.")] = 3.0,
+    chunk: Annotated[str, typer.Option(help="As REDUCER_CHUNK_BYTES; 0: chosen.")] = "0",
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/sim_check.json"),
 ) -> None:
     """The same jobs on the emulated cluster and in the simulation. Exit status 1 if any differ by more than 10%."""
     console = Console() if sys.stdout.isatty() else Console(width=110)
     try:
-        wanted = [parse_job(text) for text in jobs.split(",")]
+        (chunk_bytes,) = parse_sizes(chunk)
+        wanted = [parse_job(text, chunk_bytes) for text in jobs.split(",")]
         parse_rate(rate)
         tensors = parse_sizes(sizes)
     except ValueError as error:
