@@ -41,7 +41,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Steps:
-    """`count` steps. `alone`: without communication. `recorded`: the last one's events are wanted (of rank 0)."""
+    """`count` steps. `alone`: without communication. `recorded`: the events of all but the first, of rank 0."""
 
     count: int
     alone: bool = False
@@ -92,7 +92,7 @@ class StepsResult:
 
     done_s: list[float]
     losses: list[float]
-    record: Record | None
+    records: list[Record]
 
 
 def serve_training(training: Training, plan: WorkerPlan, connection: Connection) -> None:
@@ -133,17 +133,16 @@ class _Trainer:
             self._has_hook = True
         dist.barrier()
         done_s, losses = [time.monotonic()], []
-        record: Record | None = None
+        records: list[Record] = []
         for index in range(steps.count):
-            wanted = steps.recorded and rank == 0 and index == steps.count - 1
-            if wanted:
-                record = Record()
-            with recording(self._model, record) if record is not None else nullcontext():
+            if steps.recorded and rank == 0 and index > 0:
+                records.append(Record())
+            with recording(self._model, records[-1]) if records else nullcontext():
                 losses.append(self._step(steps.alone))
             done_s.append(time.monotonic())
-            if record is not None:
-                record.step_s = done_s[-1] - done_s[-2]
-        return StepsResult(done_s, losses, record)
+            if records:
+                records[-1].step_s = done_s[-1] - done_s[-2]
+        return StepsResult(done_s, losses, records)
 
     def _step(self, alone: bool) -> float:
         batch = [self._windows[(self._next + i) % _WINDOWS] for i in range(self._training.batch)]
