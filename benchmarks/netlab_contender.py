@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -28,6 +28,7 @@ class Reducer:
     """A standalone reducer's process and the address that it printed."""
 
     process: subprocess.Popen[str]
+    label: str
     address: str
 
 
@@ -87,17 +88,24 @@ class Contender:
                     # Single-threaded, as netlab is, it may run Python between fork and exec.
                     preexec_fn=partial(become_child, namespace),
                 )
-                self.reducers.append(Reducer(process, address))
+                self.reducers.append(Reducer(process, label, address))
         deadline = time.monotonic() + START_SECONDS_MAX
         for reducer in self.reducers:
             reducer.address = _ready_address(reducer.process, deadline)
 
-    def start_workers(self, labels: Sequence[str], extra: dict[str, str]) -> None:
-        """Forks a worker for each of `labels` into that host and waits until their group exists."""
+    def start_workers(
+        self, labels: Sequence[str], extra: dict[str, str], bandwidths: Mapping[str, str] | None = None
+    ) -> None:
+        """Forks a worker for each of `labels` into that host and waits until their group exists.
+
+        `bandwidths` of all hosts, by label, are told to reducer as a user of unequal NICs would.
+        """
+        told = bandwidths or {}
+        servers = [f"{each.address}@{told[each.label]}" if told else each.address for each in self.reducers]
         environment = {
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "REDUCER_INTERFACE": INTERFACE,
-            "REDUCER_SERVERS": ",".join(reducer.address for reducer in self.reducers),
+            "REDUCER_SERVERS": ",".join(servers),
             **self.competitor.environment,
             **extra,
         }
@@ -109,7 +117,7 @@ class Contender:
                 store=str(self._store),
                 namespace=self.cluster.namespace(label),
                 timeout=timedelta(seconds=START_SECONDS_MAX),
-                environment=environment,
+                environment={**environment, "REDUCER_BANDWIDTH": told.get(label, "")},
                 serve=self.serve,
             )
             self.workers.append(Worker(plan))

@@ -97,7 +97,8 @@ def start_contenders(setting: Setting, cluster: Cluster, started: list[Contender
                 contender.start_reducers(
                     server_binary(), shape.reducer_labels, setting.threads, setting.congestion_control
                 )
-            contender.start_workers(shape.rank_hosts, {"REDUCER_CONGESTION_CONTROL": setting.congestion_control})
+            settings = {"REDUCER_CONGESTION_CONTROL": setting.congestion_control}
+            contender.start_workers(shape.rank_hosts, settings, shape.bandwidths)
             contender.freeze()
         except NetlabError as error:
             _fail(contender, error, note)

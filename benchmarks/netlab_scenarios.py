@@ -111,6 +111,11 @@ class Shape:
             return None
         return self.rates.get(label) or self.rates.get(label[0]) or self.rate
 
+    @property
+    def bandwidths(self) -> dict[str, str]:
+        """Every host's NIC by label where they differ; empty where they do not, or have no limit."""
+        return {label: self.rate_of(label) or "" for label in self.labels} if self.rates and self.rate else {}
+
     def bits(self, label: str) -> float:
         """The NIC of a host in bit/s. Only where NICs are limited."""
         rate = self.rate_of(label)

@@ -26,10 +26,13 @@ import typer
 from netlab_cluster import Cluster, NetlabError
 from netlab_contender import Contender, stop_all
 from netlab_line import line_rate, one_way_seconds
+from netlab_run import server_binary
+from netlab_scenarios import Competitor
 from netlab_worker import Turn
 from rich.console import Console
 from rich.table import Table
 
+from reducer._bench.machine import cpu_seconds
 from reducer._bench.statistics import median
 from reducer._bench.units import format_seconds, format_size, parse_rate, parse_sizes
 from reducer._simulate.model import PAYLOAD_SHARE, Job, Network, simulate
@@ -78,20 +81,20 @@ def parse_job(text: str, chunk_bytes: int = 0) -> Job:
 
 def emulate(cluster: Cluster, job: Job, sizes: list[int], seconds: float) -> Case:
     """Runs the job on the cluster's hosts, each size for about `seconds`."""
-    contender = Contender(job.algorithm, cluster)
+    contender = Contender(Competitor(job.algorithm), cluster)
     case = Case(job, {}, {}, {})
     try:
         if job.reducers:
             labels = [f"r{i}" for i in range(job.reducers)]
-            contender.start_reducers(netlab.server_binary(), labels, 1, "auto")
+            contender.start_reducers(server_binary(), labels, 1, "auto")
         settings = {"REDUCER_CHUNK_BYTES": str(job.chunk_bytes)} if job.chunk_bytes else {}
-        contender.start_workers([f"w{i}" for i in range(job.workers)], "reducer", settings)
+        contender.start_workers([f"w{i}" for i in range(job.workers)], settings)
         for nbytes in sizes:
             first = contender.run(Turn(nbytes, 2), 60.0)
             count = max(4, min(400, round(seconds / median(first.seconds))))
-            busy, total = netlab.cpu_times()
+            busy, total = cpu_seconds()
             result = contender.run(Turn(nbytes, count), 60.0 + 10 * seconds)
-            busy_after, total_after = netlab.cpu_times()
+            busy_after, total_after = cpu_seconds()
             if first.wrong or result.wrong:
                 raise NetlabError(f"{job.algorithm}: {first.wrong + result.wrong} wrong results")
             case.seconds[nbytes] = median(result.seconds)
