@@ -31,6 +31,14 @@ def parse_algorithm(text: str) -> str:
 def parse_transport(text: str) -> str:
     """The transport's name as it is written everywhere. ValueError lists them."""
 
+def choose_algorithms(
+    samples: Sequence[tuple[str, int, int, int, int, int, int, int]], ranks: int, hosts: int, servers: int
+) -> str:
+    """What `auto` does by these measurements (_torch.Sample) in a group of that shape: "0-64KiB:direct,64KiB-:mixed".
+
+    ValueError: a measurement is not possible, or there is none.
+    """
+
 def host_label() -> str:
     """ "hostname:pid" of this process."""
 

@@ -1,8 +1,13 @@
 """The native module that is built for one minor version of torch."""
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 from torch._C._distributed_c10d import Backend, Work
+
+Sample = tuple[str, int, int, int, int, int, int, int]
+"""Algorithm, chunk and window (0: the library's), ranks, hosts, servers, bytes, nanoseconds of an all-reduce."""
 
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
@@ -42,6 +47,8 @@ class ReducerBackend(Backend):
         places: list[str],
         worker_bandwidths: list[int],
         server_bandwidths: list[int],
+        samples: Sequence[Sample],
+        measures: bool,
         algorithm: str,
         transport: str,
         chunk_bytes: int,
@@ -76,6 +83,16 @@ class ReducerBackend(Backend):
     def _is_initialized(self) -> bool: ...
     @property
     def uid(self) -> int: ...
+    def explain(self, nbytes: int) -> list[dict[str, Any]]:
+        """What `auto` expects of an all-reduce of so many bytes, each way; [] if it has no measurements.
+
+        "algorithm", "chunk_bytes", "window_bytes" (0: the library's), seconds for the parts of the model "messages_s",
+        "frames_s", "wire_s", "work_s", the "correction" by what was measured, "seconds", and whether it is "chosen".
+        """
+
+    def measure(self) -> list[Sample]:
+        """Measures the ways of a group made with `measures`, on all ranks before the first call; the same on all."""
+
     def counters(self) -> dict[str, int]:
         """operations, pushed_bytes, pulled_bytes, outstanding_bytes_max and its bound window_bytes."""
 

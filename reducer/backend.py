@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from reducer import _core, errors
+from reducer import _core, errors, tuning
 from reducer.options import Options, Settings, resolve
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         workers=verdict["workers"],
         servers=verdict["servers"],
         places=verdict["places"],
+        samples=[tuning.Sample(*sample) for sample in verdict["samples"]],
+        measures=verdict["measures"],
         worker_bandwidths=verdict["worker_bandwidths"],
         server_bandwidths=verdict["server_bandwidths"],
         algorithm=settings.algorithm,
@@ -143,6 +145,8 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         timeout=place.timeout,
         global_ranks=list(options.global_ranks_in_group) or list(range(place.world_size)),
     )
+    if verdict["measures"]:
+        _measure(place, backend, settings, verdict)
     log.info(
         place.says("%s over %d workers and %d reducers (%s), here at %s"),
         backend.algorithm,
@@ -152,6 +156,27 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         runtime.address,
     )
     return backend
+
+
+def _measure(place: _Place, backend: _torch.ReducerBackend, settings: Settings, verdict: dict[str, Any]) -> None:
+    """What `auto` will go by, here and in later groups of these hosts: all ranks at once, before the first call."""
+    began = time.monotonic()
+    samples = [tuning.Sample(*sample) for sample in backend.measure()]
+    if place.rank == 0:
+        tuning.remember(_ground(settings, verdict), samples)
+    log.info(place.says("measured %d all-reduces in %.2f s"), len(samples), time.monotonic() - began)
+
+
+def _ground(settings: Settings, verdict: dict[str, Any]) -> tuning.Ground:
+    conditions: dict[str, Any] = {
+        "transport": settings.transport,
+        "checksum": settings.checksum,
+        "chunk": settings.chunk_bytes,
+        "window": settings.window_bytes,
+        "workers": sorted(set(verdict["worker_bandwidths"])),
+        "servers": verdict["server_bandwidths"],
+    }
+    return tuning.Ground.of(verdict["places"], verdict["servers"], conditions)
 
 
 def _set_log_level(level: str) -> None:
@@ -280,19 +305,51 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
             servers, server_bandwidths = _resolve_servers(settings)
         except errors.ReducerError as error:
             raise type(error)(f"REDUCER_SERVERS: {error}") from None
+        verdict: dict[str, Any] = {
+            "job": secrets.token_hex(16),
+            "workers": [entries[rank]["address"] for rank in range(place.world_size)],
+            "servers": servers,
+            "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items()) if settings.bandwidth],
+            "server_bandwidths": server_bandwidths,
+            "places": [entries[rank]["place"] for rank in range(place.world_size)],
+        }
+        verdict |= _samples(place, settings, verdict)
     except errors.ReducerError as error:
         _publish_verdict(place, {"error": str(error), "kind": type(error).__name__}, absent)
         raise type(error)(place.says(str(error))) from None
-    verdict = {
-        "job": secrets.token_hex(16),
-        "workers": [entries[rank]["address"] for rank in range(place.world_size)],
-        "servers": servers,
-        "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items())] if settings.bandwidth else [],
-        "server_bandwidths": server_bandwidths,
-        "places": [entries[rank]["place"] for rank in range(place.world_size)],
-    }
     _publish_verdict(place, verdict)
     return verdict
+
+
+def _samples(place: _Place, settings: Settings, verdict: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` goes by: a table, what was measured before, or what the group is going to measure.
+
+    On one host there is little to choose, and groups come and go in tests: nothing is measured there.
+    """
+    hosts = len(set(verdict["places"]))
+    nothing: dict[str, Any] = {"samples": [], "measures": False}
+    if "auto" not in settings.algorithm or settings.tuning == tuning.OFF or place.world_size == 1:
+        return nothing
+    if settings.tuning:
+        try:
+            samples = tuning.read_table(settings.tuning)
+        except errors.ReducerError as error:
+            raise type(error)(f"REDUCER_TUNING: {error}") from None
+        shape = (place.world_size, hosts, len(verdict["servers"]))
+        if all(sample.shape != shape for sample in samples):
+            log.warning(
+                place.says(
+                    "%s has no measurements of %d ranks on %d hosts with %d standalone reducers: `auto` goes by the "
+                    "model that fits those it has; run `reducer tune` there"
+                ),
+                settings.tuning,
+                *shape,
+            )
+        return {"samples": samples, "measures": False}
+    if hosts == 1:
+        return nothing
+    samples = tuning.recall(_ground(settings, verdict))
+    return {"samples": samples, "measures": not samples}
 
 
 def _collect(place: _Place) -> dict[int, dict[str, Any]]:

@@ -19,8 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +31,11 @@ from rich.markup import escape
 
 from reducer._bench import report, units
 from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome, run_case
+from reducer._bench.explain import explain_choice, read_choice
 from reducer._bench.formulas import COLLECTIVES, bus_factor
 from reducer._bench.memory_mode import memory_table, run_memory
-from reducer._bench.servers import Server, start_servers, stop_servers
-from reducer._bench.team import JoinedTeam, LocalTeam, Team, join_torchrun
+from reducer._bench.start import started_reducers, started_team, under_torchrun
+from reducer._bench.team import Team
 
 BACKENDS = ("reducer", "gloo", "nccl")
 ALGORITHMS = ("auto", "direct", "server", "mixed", "ring")
@@ -59,6 +59,7 @@ class Plan:
     servers: tuple[str, ...]
     timeout_s: float
     local: bool
+    explain: bool = False
 
 
 def bench_command(
@@ -108,6 +109,14 @@ def bench_command(
         ),
     ] = False,
     memory_size: Annotated[str, typer.Option(help="Size of the tensor for --memory.")] = "1GiB",
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show what `auto` picked at each size and why: the terms of its model for each way, and the predicted "
+            "time beside the measured one. Name the fixed algorithms beside it: --algorithm auto,direct,mixed.",
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     png_file: Annotated[
         Path | None, typer.Option("--png", help="Draw time and bandwidth over size into this file; not with --memory.")
@@ -130,13 +139,16 @@ def bench_command(
             sizes=_sizes(collective, smallest, largest, factor),
             servers=tuple(filter(None, os.environ.get("REDUCER_SERVERS", "").split(","))),
             timeout_s=timeout,
-            local=not ("RANK" in os.environ and "WORLD_SIZE" in os.environ),
+            local=not under_torchrun(),
+            explain=explain,
         )
         tensor_bytes = units.parse_size(memory_size)
         if memory and png_file is not None:
             raise ValueError("--memory gives one figure for each contender and draws no --png: leave one of them out")
         if png_file is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--png needs matplotlib: pip install matplotlib")
+        if explain:
+            _check_explain(plan, memory)
         _check_servers(plan, reducers)
         if not plan.local and reducers:
             raise ValueError("--reducers starts them on one machine: under torchrun set REDUCER_SERVERS")
@@ -169,7 +181,7 @@ def _run_speed(
 ) -> bool:
     """Whether every contender that can run here gave right results."""
     absent: dict[str, str] = {}
-    with _reducers(reducers) as started, _team(ranks) as (team, is_first):
+    with started_reducers(reducers) as started, started_team(ranks) as (team, is_first):
         if not is_first:
             return True
         contenders = _contenders(plan, team, [server.address for server in started])
@@ -193,7 +205,12 @@ def _run_speed(
                 }
                 cases.append(run_case(contenders, case, budget))
                 live.update(table(max(4, console.height - 8)))
+        choice = (
+            read_choice(team, "reducer auto", plan.sizes) if plan.explain and "reducer auto" not in absent else None
+        )
     console.print(table())
+    if choice is not None:
+        explain_choice(console, choice, cases)
     notes = [f"{name} does not take part: {why}" for name, why in absent.items()]
     for note in notes + report.complaints(cases):
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
@@ -226,12 +243,12 @@ def _run_memory(
     json_file: Path | None,
 ) -> bool:
     findings = []
-    with _reducers(reducers) as started:
+    with started_reducers(reducers) as started:
         addresses = [server.address for server in started]
         pids = [server.child.pid for server in started]
         for name in [contender.name for contender in _contenders(plan, _NoTeam(), addresses)]:
             # Processes of its own for each: what one leaves in its heap is not the next one's.
-            with _team(ranks) as (team, is_first):
+            with started_team(ranks) as (team, is_first):
                 if not is_first:
                     continue
                 contenders = _contenders(plan, team, addresses)
@@ -283,41 +300,12 @@ def _contenders(plan: Plan, team: Team, started: Sequence[str]) -> list[Contende
     return contenders
 
 
-@contextmanager
-def _reducers(count: int) -> Iterator[list[Server]]:
-    servers = start_servers(count)
-    try:
-        yield servers
-    finally:
-        stop_servers(servers)
-
-
-@contextmanager
-def _team(ranks: int) -> Iterator[tuple[Team, bool]]:
-    """The ranks, and whether this process commands them. Under torchrun others only follow."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        joined, rank = join_torchrun()
-        if rank != 0:
-            joined.follow()
-            yield joined, False
-            return
-        with _closing(joined):
-            yield joined, True
-        return
-    started = LocalTeam("bench", ranks, environment={"GLOO_SOCKET_IFNAME": "lo"})
-    with _closing(started):
-        started.meet("127.0.0.1", 120.0)
-        # The first group of a process is the one that torch calls the default one: nobody's.
-        Contender("default", "gloo", started).open(60.0)
-        yield started, True
-
-
-@contextmanager
-def _closing(team: LocalTeam | JoinedTeam) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        team.close()
+def _check_explain(plan: Plan, memory: bool) -> None:
+    if memory or plan.collective != "all_reduce" or "reducer" not in plan.backends or "auto" not in plan.algorithms:
+        raise ValueError(
+            "--explain is of the times of all_reduce, the backend reducer and the algorithm auto; leave --memory out, "
+            "and name auto in --algorithm"
+        )
 
 
 def _check_servers(plan: Plan, reducers: int) -> None:

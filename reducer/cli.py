@@ -200,6 +200,17 @@ def _run_apart(command: Callable[..., None], context: typer.Context) -> None:
     apart(context.args, prog_name=f"reducer {context.info_name}")
 
 
+@app.command(add_help_option=False, context_settings=_APART)
+def tune(context: typer.Context) -> None:
+    """Measure every algorithm on this cluster and write the table that `auto` goes by."""
+    try:
+        # It imports torch.
+        from reducer.tune import tune_command
+    except ModuleNotFoundError as error:
+        raise ReducerError(f"measuring needs {error.name}: pip install 'reducer[bench]'") from error
+    _run_apart(tune_command, context)
+
+
 @app.command()
 def info() -> None:
     """Print versions, instruction sets, interfaces and the settings in effect.

@@ -32,7 +32,9 @@ class Options:
     bandwidth: of this worker's NIC, "25gbit"; to be given on all ranks, and for all servers as "host:port@25gbit", or
         nowhere. The shares of the bytes follow it. Default: all NICs are as fast.
     algorithm: "auto", "direct", "server", "mixed" or "ring", or one for each range of sizes, in bytes of the call, the
-        end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" ("mixed" with servers, else "direct").
+        end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" (docs/tuning.md).
+    tuning: a table of `reducer tune` that "auto" goes by, read by rank 0; "off": by nothing measured. Default: what a
+        group on several hosts measures itself when it is made, in under a second, and keeps in the cache.
     transport: "auto" (shared memory within a host, between processes the faster of TCP and gRPC that both have),
         "grpc", "tcp", or
         "shm" (as "auto", but an error where ranks of a host cannot share memory). Default: "auto".
@@ -52,6 +54,7 @@ class Options:
     servers: str | Sequence[str] | None = None
     bandwidth: int | str | None = None
     algorithm: str | None = None
+    tuning: str | os.PathLike[str] | None = None
     transport: str | None = None
     chunk_bytes: int | str | None = None
     window_bytes: int | str | None = None
@@ -71,6 +74,7 @@ class Settings:
     server_bandwidths: tuple[int, ...] = ()
     bandwidth: int = 0
     algorithm: str = "auto"
+    tuning: str = ""
     transport: str = "auto"
     chunk_bytes: int = 0
     window_bytes: int = 0
@@ -191,6 +195,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "servers": _read_servers,
     "bandwidth": _read_bandwidth,
     "algorithm": _read_algorithm,
+    "tuning": lambda value: _read_text(os.fspath(value)),
     "transport": _read_transport,
     "chunk_bytes": _read_chunk,
     "window_bytes": _read_size,

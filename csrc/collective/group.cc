@@ -80,7 +80,8 @@ class GroupHandle final : public Group {
     if (!checkOp(op, dtype, done)) return;
     const wire::Call call =
         makeCall(Collective::kAllReduce, op, dtype, options.whole_count.value_or(count));
-    const Routes::Route& route = routeOf(call);
+    const Routes::Route& route =
+        options.algorithm ? state_->routes().by(*options.algorithm) : routeOf(call);
     if (route.range.algorithm == Algorithm::kRing && n_ > 1) {
       ring(call, in, out, count, std::move(options), std::move(done));
       return;
@@ -282,6 +283,11 @@ class GroupHandle final : public Group {
   GroupCounters counters() const override { return state_->counters(); }
   Algorithm algorithm() const override { return state_->routes().algorithm(); }
   std::vector<SizeRange> ranges() const override { return state_->routes().ranges(); }
+  void adopt(const std::vector<Sample>& samples) override { state_->adopt(samples); }
+  std::vector<Algorithm> choices() const override { return state_->routes().choices(); }
+  std::vector<Estimate> explain(std::uint64_t nbytes) const override {
+    return state_->routes().explain(nbytes);
+  }
   void abort(const std::string& reason) override {
     state_->abort(Status(Code::kAborted, "the group was aborted: " + reason));
   }

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "collective/cost_model.h"
 #include "collective/settings.h"
 #include "common/clock.h"
 #include "common/status.h"
@@ -70,6 +71,8 @@ struct CallOptions {
   /// This is the second step of the collective with that number (which told its size): it may start
   /// at any time, and does not count as a call in the order of calls.
   std::optional<std::uint64_t> second_step;
+  /// Of an all-reduce, whatever its size: one of those that the group may choose, else ignored.
+  std::optional<Algorithm> algorithm;
 };
 
 /// The job of a group that is made out of another without a word between its ranks: equal on all
@@ -154,6 +157,14 @@ class Group {
   virtual Algorithm algorithm() const = 0;
   /// The algorithm by size, `auto` resolved.
   virtual std::vector<SizeRange> ranges() const { return {{.algorithm = algorithm()}}; }
+  /// What `auto` goes by from the next call on, in a group that was made with Settings::measures.
+  /// All ranks must call it at the same place in their order of calls, with equal samples, while no
+  /// call is under way or made.
+  virtual void adopt(const std::vector<Sample>& /*samples*/) {}
+  /// What `auto` may choose, in a group that was made with Settings::measures, else empty.
+  virtual std::vector<Algorithm> choices() const { return {}; }
+  /// What is expected of an all-reduce of so many bytes, each way; empty if nothing was measured.
+  virtual std::vector<Estimate> explain(std::uint64_t /*nbytes*/) const { return {}; }
 
   /// Fails everything outstanding, and every later call, with kAborted and `reason`. Idempotent.
   virtual void abort(const std::string& reason) = 0;

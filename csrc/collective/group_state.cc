@@ -54,7 +54,8 @@ std::string bandwidthsText(const GroupConfig& config) {
 
 std::string settingsText(const GroupConfig& config, const Routes& routes,
                          const Placement& placement) {
-  std::string text = "algorithm " + textOf(routes.ranges()) + ", chunk " +
+  std::string text = "algorithm " + textOf(routes.ranges()) +
+                     (config.settings.measures ? ", to be measured" : "") + ", chunk " +
                      std::to_string(routes.map().chunkBytes()) + " B, window " +
                      std::to_string(routes.windowBytesTotal()) + " B, checksum " +
                      (config.settings.checksum ? "on" : "off") + ", servers '" +
@@ -78,25 +79,19 @@ Nics nicsOf(const GroupConfig& config, const Placement& placement) {
   return nics;
 }
 
-/// The owners of what goes from host to host, by route, where that is a level of its own. What
-/// takes part there are hosts.
-std::vector<std::optional<ShardMap>> railsOf(const GroupConfig& config, const Routes& routes,
-                                             const Placement& placement) {
+/// The owners of what goes from host to host, for each map of the routes, where that is a level of
+/// its own. What takes part there are hosts.
+std::vector<ShardMap> railsOf(const GroupConfig& config, const Routes& routes,
+                              const Placement& placement) {
   const Carrier carrier = config.settings.carrier;
   const bool shared = carrier == Carrier::kAuto || carrier == Carrier::kShm;
-  std::vector<std::optional<ShardMap>> rails;
-  for (const Routes::Route& route : routes.all()) {
-    const SizeRange& range = route.range;
-    if (!shared || !placement.levels() || range.algorithm == Algorithm::kRing) {
-      rails.emplace_back();
-      continue;
-    }
-    Nics hosts = nicsOf(config, placement);
-    hosts.host_of_rank.resize(hosts.hosts.size());
-    std::iota(hosts.host_of_rank.begin(), hosts.host_of_rank.end(), 0);
-    rails.emplace_back(
-        ShardMap(ownerWeights(range.algorithm, hosts), range.chunk_bytes, range.window_bytes));
-  }
+  std::vector<ShardMap> rails;
+  if (!shared || !placement.levels()) return rails;
+  Nics hosts = nicsOf(config, placement);
+  hosts.host_of_rank.resize(hosts.hosts.size());
+  std::iota(hosts.host_of_rank.begin(), hosts.host_of_rank.end(), 0);
+  for (const SizeRange& way : routes.mapWays())
+    rails.emplace_back(ownerWeights(way.algorithm, hosts), way.chunk_bytes, way.window_bytes);
   return rails;
 }
 
@@ -270,10 +265,10 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
 // ------------------------------------------------------------------ two levels
 
 const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes) const {
-  const std::optional<ShardMap>& rails = rails_[&route - routes_.all().data()];
+  if (rails_.empty()) return nullptr;
   const std::size_t least =
       std::min(kTwoLevelBytesMin, segmentBytes(placement_, config_.settings.chunk_bytes));
-  return rails && nbytes >= least ? &*rails : nullptr;
+  return nbytes >= least ? &rails_[route.map] : nullptr;
 }
 
 void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails, const std::byte* in,

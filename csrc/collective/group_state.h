@@ -58,6 +58,8 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   void onArrived(const wire::SlotId& slot) override;
   void onLinkClosed() override;
 
+  /// Group::adopt().
+  void adopt(const std::vector<Sample>& samples) { routes_.adopt(samples); }
   void abort(const Status& reason);
   void close();
   bool waitClosed(Duration timeout);
@@ -94,9 +96,9 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   transport::Transport& transport_;
   server::ReducerServer& local_;
   const Placement placement_;
-  const Routes routes_;
-  const std::vector<std::optional<ShardMap>> rails_;  // by route; of two levels
-  std::vector<std::shared_ptr<Link>> links_;          // by OwnerIndex; constant after start()
+  Routes routes_;                             // changes in adopt() only
+  const std::vector<ShardMap> rails_;         // by Route::map; empty: there is one level
+  std::vector<std::shared_ptr<Link>> links_;  // by OwnerIndex; constant after start()
 
   std::mutex mutex_;
   std::map<OperationId, std::weak_ptr<Operation>> operations_;

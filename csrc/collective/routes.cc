@@ -2,39 +2,65 @@
 
 #include <algorithm>
 #include <iterator>
-#include <tuple>
+
+#include "common/check.h"
 
 namespace reducer::collective {
 namespace {
 
+/// What the settings say, or `auto` for every size.
+std::vector<SizeRange> given(const Settings& settings) {
+  if (!settings.ranges.empty()) return settings.ranges;
+  return {{.algorithm = settings.algorithm}};
+}
+
+/// A way within a range that the settings give.
+SizeRange within(const SizeRange& range, SizeRange way, const Settings& settings) {
+  way.begin = std::max(way.begin, range.begin);
+  way.end = std::min(way.end, range.end);
+  if (range.chunk_bytes != 0) way.chunk_bytes = range.chunk_bytes;
+  if (range.window_bytes != 0) way.window_bytes = range.window_bytes;
+  if (way.chunk_bytes == 0) way.chunk_bytes = settings.chunk_bytes;
+  if (way.window_bytes == 0) way.window_bytes = settings.window_bytes;
+  return way;
+}
+
 /// The ranges of the settings, with what `auto` stands for.
-std::vector<SizeRange> resolved(const Settings& settings, std::uint32_t k) {
-  std::vector<SizeRange> ranges = settings.ranges;
-  if (ranges.empty()) ranges.push_back({.algorithm = settings.algorithm});
-  for (SizeRange& range : ranges) {
-    range.algorithm = ShardMap::resolve(range.algorithm, k);
-    if (range.chunk_bytes == 0) range.chunk_bytes = settings.chunk_bytes;
-    if (range.window_bytes == 0) range.window_bytes = settings.window_bytes;
+std::vector<SizeRange> resolved(const Settings& settings, const Nics& nics) {
+  std::vector<SizeRange> ranges;
+  for (const SizeRange& range : given(settings)) {
+    std::vector<SizeRange> parts{{.algorithm = range.algorithm}};
+    if (range.algorithm == Algorithm::kAuto) {
+      if (settings.samples.empty()) {
+        const auto k = static_cast<std::uint32_t>(nics.servers.size());
+        parts[0].algorithm = ShardMap::resolve(Algorithm::kAuto, k);
+      } else {
+        parts = CostModel(settings, nics).ranges();
+      }
+    }
+    for (const SizeRange& part : parts) {
+      const SizeRange way = within(range, part, settings);
+      if (way.begin < way.end) ranges.push_back(way);
+    }
   }
   return ranges;
 }
 
 }  // namespace
 
-Routes::Routes(const Settings& settings, const Nics& nics) {
-  const auto k = static_cast<std::uint32_t>(nics.servers.size());
-  using Key = std::tuple<std::vector<std::uint64_t>, std::size_t, std::size_t>;
-  std::vector<Key> keys;
-  for (const SizeRange& range : resolved(settings, k)) {
-    Key key{ownerWeights(range.algorithm, nics), range.chunk_bytes, range.window_bytes};
-    const std::size_t map = std::find(keys.begin(), keys.end(), key) - keys.begin();
-    if (map == keys.size()) {
-      maps_.emplace_back(std::get<0>(key), range.chunk_bytes, range.window_bytes);
-      keys.push_back(std::move(key));
-    }
-    routes_.push_back({range, map});
-  }
+Routes::Routes(const Settings& settings, const Nics& nics) : settings_(settings), nics_(nics) {
+  for (const SizeRange& range : resolved(settings_, nics_)) routes_.push_back(routeOf(range));
   coordinators_ = maps_[routes_.front().map].owners();
+  if (settings_.measures) {
+    for (const SizeRange& range : given(settings_)) {
+      if (range.algorithm != Algorithm::kAuto) continue;
+      for (const SizeRange& way : autoWays(nics_))
+        more_.push_back(routeOf(within(range, way, settings_)));
+    }
+  }
+  if (!more_.empty()) {
+    coordinators_ = maps_[more_.front().map].owners();  // small calls will mostly be `direct`
+  }
   std::vector<OwnerIndex> common = coordinators_;
   for (const ShardMap& map : maps_) {
     std::vector<OwnerIndex> all;
@@ -44,6 +70,59 @@ Routes::Routes(const Settings& settings, const Nics& nics) {
     std::erase_if(common, [&](OwnerIndex owner) { return !map.owns(owner); });
   }
   if (!common.empty()) coordinators_.swap(common);
+}
+
+Routes::Route Routes::routeOf(const SizeRange& range) {
+  const std::vector<std::uint64_t> weights = ownerWeights(range.algorithm, nics_);
+  for (std::size_t map = 0; map < maps_.size(); ++map) {
+    const SizeRange& known = map_ways_[map];
+    if (known.chunk_bytes == range.chunk_bytes && known.window_bytes == range.window_bytes &&
+        ownerWeights(known.algorithm, nics_) == weights) {
+      return {range, map};
+    }
+  }
+  maps_.emplace_back(weights, range.chunk_bytes, range.window_bytes);
+  map_ways_.push_back(range);
+  return {range, maps_.size() - 1};
+}
+
+void Routes::adopt(const std::vector<Sample>& samples) {
+  REDUCER_CHECK(settings_.measures);
+  settings_.samples = samples;
+  const std::size_t maps = maps_.size();
+  routes_.clear();
+  for (const SizeRange& range : resolved(settings_, nics_)) routes_.push_back(routeOf(range));
+  REDUCER_CHECK(maps_.size() == maps);  // transfers and links know these maps
+}
+
+const Routes::Route& Routes::by(Algorithm algorithm) const {
+  for (const auto* all : {&more_, &routes_}) {
+    for (const Route& route : *all) {
+      if (route.range.algorithm == algorithm) return route;
+    }
+  }
+  return routes_.back();
+}
+
+std::vector<Algorithm> Routes::choices() const {
+  std::vector<Algorithm> all;
+  for (const Route& route : more_) {
+    if (std::find(all.begin(), all.end(), route.range.algorithm) == all.end())
+      all.push_back(route.range.algorithm);
+  }
+  return all;
+}
+
+std::vector<Estimate> Routes::explain(std::uint64_t nbytes) const {
+  if (settings_.samples.empty()) return {};
+  const SizeRange& chosen = at(nbytes).range;
+  std::vector<Estimate> all = CostModel(settings_, nics_).estimates(nbytes);
+  for (Estimate& one : all) {
+    one.chosen = one.way.algorithm == chosen.algorithm &&
+                 (one.way.chunk_bytes == 0 || one.way.chunk_bytes == chosen.chunk_bytes) &&
+                 (one.way.window_bytes == 0 || one.way.window_bytes == chosen.window_bytes);
+  }
+  return all;
 }
 
 const Routes::Route& Routes::at(std::uint64_t nbytes) const {

@@ -58,10 +58,32 @@ std::string textOf(const std::vector<SizeRange>& ranges);
 /// The smallest unit without a fraction: "64KiB", "100".
 std::string sizeText(std::uint64_t nbytes);
 
+/// A measured all-reduce: the median time of the slowest rank.
+struct Sample {
+  Algorithm algorithm = Algorithm::kDirect;
+  std::size_t chunk_bytes = 0;   ///< 0: chosen by the library
+  std::size_t window_bytes = 0;  ///< 0: chosen by the library
+  std::uint32_t ranks = 1;
+  std::uint32_t hosts = 1;    ///< that the ranks were on
+  std::uint32_t servers = 0;  ///< standalone reducers
+  std::uint64_t nbytes = 0;
+  std::uint64_t nanoseconds = 1;
+
+  bool isOf(std::size_t ranks_there, std::size_t hosts_there, std::size_t servers_there) const {
+    return ranks == ranks_there && hosts == hosts_there && servers == servers_there;
+  }
+  double seconds() const { return 1e-9 * static_cast<double>(nanoseconds); }
+  bool operator==(const Sample&) const = default;
+};
+
 struct Settings {
   Algorithm algorithm = Algorithm::kAuto;
   /// The algorithm by the bytes of a call, in order and without gaps; empty: `algorithm`, always.
   std::vector<SizeRange> ranges;
+  /// What `auto` goes by: equal on all ranks. Empty: `mixed` with servers, else `direct`.
+  std::vector<Sample> samples;
+  /// The samples come later, by Group::adopt(): the group is made for all that `auto` may choose.
+  bool measures = false;
   Carrier carrier = Carrier::kAuto;
   std::size_t chunk_bytes = 0;  ///< largest chunk; 0: chosen from the number of owners
   std::size_t window_bytes =

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "collective/cost_model.h"
 #include "collective/settings.h"
 #include "common/limits.h"
 #include "common/types.h"
@@ -174,6 +175,23 @@ PYBIND11_MODULE(_core, m) {
         return std::string(collective::nameOf(valueOf(collective::parseCarrier(text))));
       },
       py::arg("text"));
+
+  m.def(
+      "choose_algorithms",
+      [](const std::vector<collective::SampleTuple>& samples, std::uint32_t ranks,
+         std::uint32_t hosts, std::uint32_t servers) {
+        collective::Settings settings;
+        settings.samples = valueOf(collective::samplesOf(samples));
+        if (ranks < 1 || hosts < 1 || hosts > ranks || settings.samples.empty())
+          throw py::value_error("at least one sample, and no more hosts than ranks");
+        collective::Nics nics;
+        for (std::uint32_t rank = 0; rank < ranks; ++rank)
+          nics.host_of_rank.push_back(rank * hosts / ranks);
+        nics.hosts.assign(hosts, 1);
+        nics.servers.assign(servers, 1);
+        return collective::textOf(collective::CostModel(settings, nics).ranges());
+      },
+      py::arg("samples"), py::arg("ranks"), py::arg("hosts"), py::arg("servers"));
 
   m.def("host_label", &runtime::hostLabel);
   m.def("host_identity", &runtime::hostIdentity);

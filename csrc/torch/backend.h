@@ -138,6 +138,13 @@ class ReducerBackend final : public c10d::Backend {
   /// What the group has moved so far, and how. After shutdown() these raise.
   collective::GroupCounters counters() { return session()->group->counters(); }
   std::vector<collective::SizeRange> ranges() { return session()->group->ranges(); }
+  std::vector<collective::Estimate> explain(std::uint64_t nbytes) {
+    return session()->group->explain(nbytes);
+  }
+  /// Measures the ways that `auto` may choose, in a group that was made with Settings::measures,
+  /// and goes by what it found, as do groups split off later. Before the first call, on all ranks.
+  /// Returns the same on all ranks; nothing if it could not measure.
+  std::vector<collective::Sample> measure();
 
  private:
   /// What ends with shutdown(). The group must go before the runtime.
@@ -194,8 +201,8 @@ class ReducerBackend final : public c10d::Backend {
   bool alive();  ///< not shut down
   bool forked() const;
 
-  const collective::GroupConfig config_;
-  const std::string who_;  // "[rank R, group NAME]"
+  collective::GroupConfig config_;  // changes in measure() only
+  const std::string who_;           // "[rank R, group NAME]"
   const std::vector<std::uint64_t> global_ranks_;
   const pid_t pid_;
   std::atomic<std::int64_t> timeout_ms_;

@@ -6,6 +6,8 @@
 #include <set>
 #include <utility>
 
+#include "collective/probe.h"
+#include "common/placement.h"
 #include "torch/backend.h"
 
 namespace reducer::torch_backend {
@@ -180,6 +182,22 @@ void ReducerBackend::registerOnCompletionHook(Ledger::Hook&& hook) {
 void ReducerBackend::waitForPendingWorks() {
   const WithoutGil without_gil;
   shared_.ledger->waitIdle();
+}
+
+std::vector<collective::Sample> ReducerBackend::measure() {
+  const std::shared_ptr<Session> session = this->session();
+  collective::ProbePlan plan;
+  const Placement placement = Placement::fromPlaces(config_.places, config_.world_size);
+  plan.hosts = static_cast<std::uint32_t>(placement.hosts());
+  plan.servers = static_cast<std::uint32_t>(config_.servers.size());
+  plan.timeout = timeoutOr(c10d::kUnsetTimeout);
+  plan.ways = session->group->choices();
+  Result<std::vector<collective::Sample>> samples = collective::probe(*session->group, plan);
+  if (!samples.ok()) C10_THROW_ERROR(DistBackendError, who_ + " " + samples.status().message());
+  session->group->adopt(samples.value());
+  config_.settings.samples = samples.value();
+  config_.settings.measures = false;
+  return samples.value();
 }
 
 // ------------------------------------------------------------------ groups out of this one

@@ -56,13 +56,34 @@ class RuntimeHold {
   std::shared_ptr<runtime::Runtime> runtime_;
 };
 
+py::list explain(ReducerBackend& backend, std::uint64_t nbytes) {
+  py::list all;
+  for (const collective::Estimate& one : backend.explain(nbytes)) {
+    py::dict entry;
+    entry["algorithm"] = collective::nameOf(one.way.algorithm);
+    entry["chunk_bytes"] = one.way.chunk_bytes;
+    entry["window_bytes"] = one.way.window_bytes;
+    entry["messages_s"] = one.terms.message_s;
+    entry["frames_s"] = one.terms.frame_s;
+    entry["wire_s"] = one.terms.wire_s;
+    entry["work_s"] = one.terms.work_s;
+    entry["correction"] = one.correction;
+    entry["seconds"] = one.seconds;
+    entry["chosen"] = one.chosen;
+    all.append(entry);
+  }
+  return all;
+}
+
 c10::intrusive_ptr<ReducerBackend> makeBackend(
     const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
     int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
     std::vector<std::string> places, std::vector<std::uint64_t> worker_bandwidths,
-    std::vector<std::uint64_t> server_bandwidths, const std::string& algorithm,
-    const std::string& transport, std::size_t chunk_bytes, std::size_t window_bytes, bool checksum,
-    Milliseconds connect_timeout, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
+    std::vector<std::uint64_t> server_bandwidths,
+    const std::vector<collective::SampleTuple>& samples, bool measures,
+    const std::string& algorithm, const std::string& transport, std::size_t chunk_bytes,
+    std::size_t window_bytes, bool checksum, Milliseconds connect_timeout, Milliseconds timeout,
+    std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -74,6 +95,10 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
+  Result<std::vector<collective::Sample>> measured = collective::samplesOf(samples);
+  if (!measured.ok()) raise(measured.status());
+  config.settings.samples = std::move(measured).value();
+  config.settings.measures = measures;
   config.places = std::move(places);
   config.worker_bandwidths = std::move(worker_bandwidths);
   config.server_bandwidths = std::move(server_bandwidths);
@@ -156,14 +181,20 @@ PYBIND11_MODULE(_torch, m) {
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
            py::arg("servers"), py::arg("places"), py::arg("worker_bandwidths"),
-           py::arg("server_bandwidths"), py::arg("algorithm"), py::arg("transport"),
-           py::arg("chunk_bytes"), py::arg("window_bytes"), py::arg("checksum"),
-           py::arg("connect_timeout"), py::arg("timeout"), py::arg("global_ranks"))
+           py::arg("server_bandwidths"), py::arg("samples"), py::arg("measures"),
+           py::arg("algorithm"), py::arg("transport"), py::arg("chunk_bytes"),
+           py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
+           py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly(
           "algorithm",
           [](ReducerBackend& backend) { return reducer::collective::textOf(backend.ranges()); })
       .def("counters", &countersOf)
+      .def("explain", &explain, py::arg("nbytes"))
+      .def(
+          "measure",
+          [](ReducerBackend& backend) { return reducer::collective::tuplesOf(backend.measure()); },
+          without_gil)
       // torch does not bind Work::abort().
       .def(
           "abort_work",

@@ -150,6 +150,17 @@ class Rank:
             "cpu_total_s": total,
         }
 
+    def _do_explain(self, group: str, sizes: list[int]) -> Message:
+        """The algorithms by size, and what `auto` expects at each of the sizes."""
+        native: Any = self._groups[group]._get_backend(self._devices[group])
+        return {"algorithm": native.algorithm, "ways": [native.explain(nbytes) for nbytes in sizes]}
+
+    def _do_place(self) -> Message:
+        """This rank's host, as a text that its other ranks have, too."""
+        from reducer import _core
+
+        return {"place": _core.host_identity()}
+
     def _do_memory(self, group: str, nbytes: int) -> Message:
         """Peak extra resident memory of one large all-reduce."""
         self._case, self._case_id = None, ()
