@@ -197,7 +197,8 @@ TEST(Mixtures, UnequalNicsShiftBytesAndKeepTheSum) {
     for (Rank r = 0; r < 4; ++r) {
       auto config = cluster.config(r, "0123456789abcdeY", "unequal");
       config.places = {"a", "a", "b", "c"};
-      config.settings.carrier = Carrier::kGrpc;  // all bytes of all ranks go over the NICs
+      config.settings.carrier =
+          collective::Carrier::kGrpc;  // all bytes of all ranks go over the NICs
       config.worker_bandwidths = {20, 20, 10, 5};
       config.server_bandwidths = {25, 100};
       auto group = collective::Group::create(config, cluster.host(r), *cluster.locals()[r]);
