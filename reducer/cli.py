@@ -241,7 +241,7 @@ def _add_native(table: Any) -> bool:
     """Rows that come from the native library; False if it, or a setting, is wrong."""
     try:
         from reducer import _core
-        from reducer.options import Settings, resolve
+        from reducer.options import Options, resolve
     except ImportError as error:
         table.add_row("native library", f"cannot be loaded: {error}")
         return False
@@ -253,11 +253,11 @@ def _add_native(table: Any) -> bool:
     except ReducerError as error:
         table.add_row("settings", f"wrong: {error}")
         return False
-    for field in fields(Settings):
+    for field in fields(Options):
         variable = f"REDUCER_{field.name.upper()}"
         given = os.environ.get(variable, "").strip()
         value = getattr(settings, field.name)
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        text = settings.shared[variable] if isinstance(value, tuple) else str(value)
         if not given:
             text = f"{'none' if text == '' else 'chosen by the library' if text == '0' else text} (default)"
         table.add_row(variable, text)

@@ -56,7 +56,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ((), ["serve", "stats", "bench", "info", "--version"]),
+        ((), ["serve", "stats", "bench", "tune", "info", "--version"]),
         (
             ("serve",),
             [
@@ -72,7 +72,8 @@ def test_version() -> None:
         ),
         (("stats",), ["HOST:PORT", "--json", "reserved"]),
         (("info",), ["settings in effect"]),
-        (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png"]),
+        (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png", "--explain"]),
+        (("tune",), ["--output", "--chunks", "--reducers", "REDUCER_TUNING", "torchrun"]),
     ],
 )
 def test_help(command: tuple[str, ...], words: list[str]) -> None:
@@ -190,6 +191,12 @@ def test_info_shows_versions_and_settings() -> None:
     assert found["interface lo"] == "127.0.0.1"
     assert found["instruction sets"]
     assert found["torch found"].startswith("2.13.")
+
+
+def test_info_shows_servers_with_their_bandwidths() -> None:
+    done = run("info", REDUCER_SERVERS="a:1@10gbit,b:2@25gbit", REDUCER_BANDWIDTH="10gbit")
+    assert done.returncode == 0
+    assert "a:1@10000000000bit" in done.stdout.replace("\n", "")
 
 
 def test_info_says_which_setting_is_wrong() -> None:
