@@ -141,7 +141,7 @@ TEST(TwoLevel, HasTheBitsOfTheFlatSumOnEveryPlacementAndTopology) {
         SimCluster cluster(options);
         for (const auto& [dtype, op, count] :
              {std::tuple(DataType::kFloat32, ReduceOp::kSum, std::size_t{30'001}),
-              std::tuple(DataType::kFloat32, ReduceOp::kAvg, std::size_t{250'000}),
+              std::tuple(DataType::kFloat32, ReduceOp::kAvg, std::size_t{100'001}),
               std::tuple(DataType::kBFloat16, ReduceOp::kAvg, std::size_t{77'777}),
               std::tuple(DataType::kInt8, ReduceOp::kMax, std::size_t{40'000}),
               std::tuple(DataType::kFloat32, ReduceOp::kSum, std::size_t{3})}) {

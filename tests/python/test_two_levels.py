@@ -11,8 +11,15 @@ import torch.distributed as dist
 from ranks import Ranks
 from test_backend_answer import BITS, contribution
 
-PLACEMENTS = ["aabb", "abab", "aaabbc"]
-WAYS = [("direct", 0), ("server", 3), ("mixed", 1)]
+# Hosts by rank, algorithm, standalone reducers.
+CLUSTERS = [
+    ("aabb", "direct", 0),
+    ("aabb", "server", 3),
+    ("aabb", "mixed", 1),
+    ("abab", "server", 1),
+    ("aaabbc", "direct", 0),
+    ("aaabbc", "mixed", 1),
+]
 
 
 def environment(
@@ -69,8 +76,7 @@ def shared_memory_maps() -> int:
         return sum("memfd:" in line for line in maps)
 
 
-@pytest.mark.parametrize(("algorithm", "servers"), WAYS, ids=str)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "algorithm", "servers"), CLUSTERS, ids=str)
 def test_the_bits_are_those_of_the_documented_order(
     reducers: Callable[..., list[str]], placement: str, algorithm: str, servers: int
 ) -> None:
@@ -102,8 +108,9 @@ def reduce_until_it_fails() -> str:
     return "(no error)"
 
 
-@pytest.mark.parametrize(("algorithm", "servers"), WAYS, ids=str)
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize(
+    ("algorithm", "servers", "victim"), [("direct", 0, 0), ("server", 3, 0), ("server", 3, 3), ("mixed", 1, 1)], ids=str
+)
 def test_a_rank_that_dies_in_the_middle_is_named(
     reducers: Callable[..., list[str]], algorithm: str, servers: int, victim: int
 ) -> None:
