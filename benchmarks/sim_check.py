@@ -2,8 +2,9 @@
 
 Each job runs on emulated hosts of its own (benchmarks/netlab.py describes them), then in `reducer simulate`'s model.
 The model's parameters are measured in the same run: the line by a plain TCP stream, the latency by a plain TCP
-ping-pong, and what a frame and a byte cost the machine's cores by the first job, from whose CPU time they are taken.
-All other jobs are predictions. Needs Linux, root, iproute2.
+ping-pong. Processors cost nothing in it, so compare at a rate at which they do not limit the emulation (its CPU time
+stands beside), or with --processor: then the machine's cores are in the model, all hosts' together, and what a frame
+and a byte cost them is taken from the first job's CPU time. Needs Linux, root, iproute2.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from netlab_cluster import Cluster, NetlabError
 from netlab_contender import Contender, stop_all
 from netlab_line import line_rate, one_way_seconds
 from netlab_run import server_binary
-from netlab_scenarios import Competitor
+from netlab_scenarios import TRANSPORTS, Competitor
 from netlab_worker import Turn
 from rich.console import Console
 from rich.table import Table
@@ -79,9 +80,9 @@ def parse_job(text: str, chunk_bytes: int = 0) -> Job:
     return Job(int(workers), int(reducers), algorithm, chunk_bytes)
 
 
-def emulate(cluster: Cluster, job: Job, sizes: list[int], seconds: float) -> Case:
+def emulate(cluster: Cluster, job: Job, transport: str, sizes: list[int], seconds: float) -> Case:
     """Runs the job on the cluster's hosts, each size for about `seconds`."""
-    contender = Contender(Competitor(job.algorithm), cluster)
+    contender = Contender(Competitor(f"{job.algorithm}:{transport}"), cluster)
     case = Case(job, {}, {}, {})
     try:
         if job.reducers:
@@ -148,7 +149,16 @@ def comparison_table(rows: list[Comparison], title: str) -> Table:
     return table
 
 
-def run(jobs: list[Job], rate: str, sizes: list[int], seconds: float, console: Console, output: Path) -> int:
+def run(
+    jobs: list[Job],
+    rate: str,
+    transport: str,
+    processor: bool,
+    sizes: list[int],
+    seconds: float,
+    console: Console,
+    output: Path,
+) -> int:
     """Everything; the exit code."""
     for name in netlab_cluster.remove_leftovers():
         console.print(f"removed {name}, left over from a run that was killed")
@@ -160,22 +170,28 @@ def run(jobs: list[Job], rate: str, sizes: list[int], seconds: float, console: C
         cases = []
         for job in jobs:
             console.print(f"emulating {job.algorithm}, {job.workers} + {job.reducers}")
-            cases.append(emulate(cluster, job, [_SMALL_BYTES, *sizes], seconds))
+            cases.append(emulate(cluster, job, transport, [_SMALL_BYTES, *sizes], seconds))
     network = Network(bandwidth=line / PAYLOAD_SHARE, latency_s=latency, burst_bytes=_BURST_BYTES)
-    network = calibrated(network, cases[0], max(sizes))
-    console.print(
-        f"the line {line / 1e9:.3f} Gbit/s, latency {format_seconds(latency)}; by the first job's CPU time a frame "
-        f"costs {format_seconds(network.frame_s)} and a byte {network.byte_s * 1e9:.2f} ns at each end, "
-        f"of {network.cores} cores for all hosts"
-    )
+    console.print(f"the line {line / 1e9:.3f} Gbit/s, latency {format_seconds(latency)}")
+    if processor:
+        network = calibrated(network, cases[0], max(sizes))
+        console.print(
+            f"by the first job's CPU time a frame costs {format_seconds(network.frame_s)} and a byte "
+            f"{network.byte_s * 1e9:.2f} ns at each end, of {network.cores} cores for all hosts"
+        )
     rows = [row for case in cases for row in compare(case, network, [_SMALL_BYTES, *sizes])]
-    title = f"emulated and simulated, {rate} per host"
+    title = f"emulated and simulated, {rate} per host, transport {transport}"
     console.print(comparison_table(rows, title))
     judged = [row for row in rows if row.nbytes != _SMALL_BYTES]
     near = sum(abs(row.ratio - 1) <= _TOLERANCE for row in judged)
     console.print(f"{near} of {len(judged)} above 1 KiB within {_TOLERANCE:.0%}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"rate": rate, "network": asdict(network), "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
+    facts = {
+        "rate": rate,
+        "transport": transport,
+        "network": asdict(network),
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
     output.write_text(json.dumps(facts, indent=1) + "\n")
     console.print(f"wrote {output}")
     return 0 if near == len(judged) else netlab.EXIT_FAILED
@@ -189,11 +205,15 @@ def _terminate(number: int, _: FrameType | None) -> None:
 
 def main(
     jobs: Annotated[
-        str, typer.Option(help="Jobs; the first one tells what frames and bytes cost.")
+        str, typer.Option(help="Jobs, as ALGORITHM:WORKERS+REDUCERS.")
     ] = "direct:4+0,direct:8+0,ring:8+0,server:4+4,server:8+8,mixed:8+4",
     rate: Annotated[str, typer.Option(help="Each host's NIC, as tc writes it.")] = "200mbit",
     sizes: Annotated[str, typer.Option(help="Tensors, beside 1 KiB.")] = "1MiB,16MiB",
     seconds: Annotated[float, typer.Option(min=0.1, help="To emulate each job at each size.")] = 3.0,
+    transport: Annotated[str, typer.Option(help="As REDUCER_TRANSPORT.")] = "auto",
+    processor: Annotated[
+        bool, typer.Option("--processor", help="Model the cores, too, at the cost that the first job shows.")
+    ] = False,
     chunk: Annotated[str, typer.Option(help="As REDUCER_CHUNK_BYTES; 0: chosen.")] = "0",
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/sim_check.json"),
 ) -> None:
@@ -202,6 +222,8 @@ def main(
     try:
         (chunk_bytes,) = parse_sizes(chunk)
         wanted = [parse_job(text, chunk_bytes) for text in jobs.split(",")]
+        if transport not in TRANSPORTS:
+            raise ValueError(f"{transport!r} is no transport: choose from {', '.join(TRANSPORTS)}")
         parse_rate(rate)
         tensors = parse_sizes(sizes)
     except ValueError as error:
@@ -213,7 +235,7 @@ def main(
     for each in netlab_cluster.ENDING_SIGNALS:
         signal.signal(each, _terminate)
     try:
-        code = run(wanted, rate, tensors, seconds, console, output)
+        code = run(wanted, rate, transport, processor, tensors, seconds, console, output)
     except NetlabError as error:
         console.print(f"[red]{error}[/red]")
         code = netlab.EXIT_FAILED

@@ -160,6 +160,11 @@ Status Job::makeGroups() {
   for (const Node& node : nodes_) {
     (node.reducer ? config.servers : config.workers).push_back(node.server->address());
   }
+  if (options_.reducer_bytes_per_second > 0) {
+    const auto bits = [](double bytes) { return static_cast<std::uint64_t>(8 * bytes); };
+    config.worker_bandwidths.assign(config.workers.size(), bits(options_.nic.bytes_per_second));
+    config.server_bandwidths.assign(config.servers.size(), bits(options_.reducer_bytes_per_second));
+  }
   for (std::int32_t r = 0; r < options_.workers; ++r) {
     config.rank = r;
     config.host = nodes_[r].name;

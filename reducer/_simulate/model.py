@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reducer._bench.formulas import all_reduce_bound, bus_factor
+from reducer._bench.formulas import all_reduce_rate, bus_factor
 from reducer._bench.statistics import median
 
 #: Ethernet, IP and TCP take 66 of a packet's 1514 bytes.
@@ -72,10 +72,13 @@ class Row:
 
     @property
     def bound(self) -> float | None:
-        """The largest algbw by docs/algorithms.md; None where NICs differ, or nothing is sent."""
-        if self.network.reducer_bandwidth is not None or self.job.workers < 2:
+        """The largest algbw by docs/algorithms.md; None where nothing is sent."""
+        if self.job.workers < 2:
             return None
-        return self.network.line * all_reduce_bound(self.algorithm, self.job.workers, self.job.reducers)
+        mine = self.network.bandwidth
+        others = self.network.reducer_bandwidth or mine
+        rate = all_reduce_rate(self.algorithm, [mine] * self.job.workers, [others] * self.job.reducers)
+        return rate * PAYLOAD_SHARE
 
     @property
     def bound_share(self) -> float | None:
