@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 20
 SCENARIO ?= all
 
 # The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
-THREADED_TESTS := exchange_test conformance_test sim_test two_level_test
+THREADED_TESTS := exchange_test conformance_test tcp_test sim_test two_level_test
 space := $(subst ,, )
 
 CPP_FOLDERS := csrc tests/cpp tests/fuzz tests/python/accelerator benchmarks

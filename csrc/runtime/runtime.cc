@@ -28,12 +28,13 @@ transport::Network networkOf(collective::Carrier carrier) {
   switch (carrier) {
     case collective::Carrier::kTcp:
       return transport::Network::kTcp;
+    case collective::Carrier::kGrpc:
+      return transport::Network::kGrpc;
     case collective::Carrier::kAuto:
     case collective::Carrier::kShm:
-    case collective::Carrier::kGrpc:
       break;
   }
-  return transport::Network::kGrpc;
+  return transport::Network::kAuto;
 }
 
 /// Threads of a transport must not wait for Python, and so for its loggers.

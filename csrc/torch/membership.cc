@@ -76,10 +76,11 @@ ReducerBackend::ReducerBackend(collective::GroupConfig config,
       global_ranks_(std::move(ranks)),
       pid_(getpid()),
       timeout_ms_(timeout.count()),
-      shared_([] {
+      shared_([&runtime] {
         auto completions = std::make_shared<CompletionThread>();
         auto ledger = std::make_shared<Ledger>(completions);
-        return ReducerWork::Shared{completions, ledger, std::make_shared<LaunchQueue>()};
+        return ReducerWork::Shared{completions, ledger, std::make_shared<LaunchQueue>(),
+                                   runtime->transport().helper()};
       }()),
       session_(std::make_shared<Session>()) {
   session_->runtime = std::move(runtime);

@@ -20,6 +20,7 @@
 #include "torch/buffers.h"
 #include "torch/completion_thread.h"
 #include "torch/ledger.h"
+#include "transport/transport.h"
 
 namespace reducer::torch_backend {
 
@@ -55,6 +56,7 @@ class ReducerWork final : public c10d::Work {
     std::shared_ptr<CompletionThread> completions;
     std::shared_ptr<Ledger> ledger;
     std::shared_ptr<LaunchQueue> launches;
+    std::shared_ptr<transport::Helper> helper;  ///< may be null
   };
 
   /// `outputs` are what result() and the Future give; this keeps aliases of them.
@@ -93,7 +95,7 @@ class ReducerWork final : public c10d::Work {
   void setOutputs(std::vector<at::Tensor> outputs) { outputs_ = std::move(outputs); }
 
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override {
-    // A caller that is willing to spin, or to move frames itself, would do so here.
+    if (shared_.helper) helpUntil(timeout);
     {
       std::unique_lock lock(mutex_);
       const auto ended = [this] { return completed_; };
@@ -157,6 +159,17 @@ class ReducerWork final : public c10d::Work {
   }
 
  private:
+  /// What the wait is for may be done on this thread, in place of the transport's.
+  void helpUntil(std::chrono::milliseconds timeout) {
+    const auto until = timeout <= kNoTimeout ? Clock::time_point::max() : Clock::now() + timeout;
+    shared_.helper->help(
+        [this] {
+          const std::lock_guard lock(mutex_);
+          return completed_;
+        },
+        until);
+  }
+
   void mark(c10::ivalue::Future& future) {
     if (failure_) {
       future.setError(failure_);
@@ -200,6 +213,7 @@ class ReducerWork final : public c10d::Work {
     }
     buffers_.reset();
     finish(failure);
+    if (shared_.helper) shared_.helper->wake();
     shared_.ledger->ended(std::make_shared<c10d::WorkInfo>(
         opType_, info_.sequence, started_at_, finished_at_, finished_at_ - started_at_));
     if (future) {

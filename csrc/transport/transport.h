@@ -61,6 +61,19 @@ class Timer {
   virtual ~Timer() = default;
 };
 
+/// Lets a thread that waits move frames itself, so that none has to be woken for it and wake it in
+/// turn. Thread safety: every method, from any thread. Outlives its transport, and does nothing
+/// then.
+class Helper {
+ public:
+  virtual ~Helper() = default;
+  /// Serves the transport's events on this thread, handlers, timers and tasks as well, until
+  /// `ended()`, `until`, or the transport's end; may return at once (while another thread helps).
+  virtual void help(const std::function<bool()>& ended, TimePoint until) = 0;
+  /// To be called after an `ended()` has turned true on a thread that may not be the helping one.
+  virtual void wake() = 0;
+};
+
 /// A carrier of frames with its threads and its clock. Destroy it last: listeners and connections
 /// made by it must be gone, or are closed by it; its destructor joins its threads.
 class Transport {
@@ -88,6 +101,9 @@ class Transport {
 
   /// Runs `task` soon on a transport thread (so that a caller need not do long work itself).
   virtual void post(std::function<void()> task) = 0;
+
+  /// Null where threads that wait cannot help.
+  virtual std::shared_ptr<Helper> helper() { return nullptr; }
 };
 
 }  // namespace reducer::transport

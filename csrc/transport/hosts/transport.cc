@@ -125,6 +125,8 @@ class HostsTransport final : public Transport {
 
   void post(std::function<void()> task) override { tcp_->post(std::move(task)); }
 
+  std::shared_ptr<Helper> helper() override { return tcp_->helper(); }
+
  private:
   const Network network_;
   const std::function<void(const std::string&)> inform_;

@@ -11,7 +11,8 @@
 namespace reducer::transport::tcp {
 
 Core::Core(const TcpOptions& options)
-    : loop_(std::max(1, options.threads)), dialer_(options.congestion_control) {}
+    : loop_(std::make_shared<Loop>(std::max(1, options.threads))),
+      dialer_(options.congestion_control) {}
 
 Core::~Core() {
   dialer_.stop();
@@ -32,7 +33,7 @@ Core::~Core() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return streams_.empty(); });
   }
-  loop_.stop();
+  loop_->stop();
 }
 
 // ------------------------------------------------------------------ listening

@@ -37,7 +37,8 @@ class Core {
   ~Core();
 
   bool orphaned() const noexcept { return net::forkGeneration() != generation_; }
-  Loop& loop() { return loop_; }
+  Loop& loop() { return *loop_; }
+  std::shared_ptr<Helper> helper() { return loop_; }
   net::Dialer& dialer() { return dialer_; }
   BlockPool& blocks() { return blocks_; }
 
@@ -59,7 +60,7 @@ class Core {
 
   const std::uint64_t generation_ = net::forkGeneration();
   BlockPool blocks_;
-  Loop loop_;
+  const std::shared_ptr<Loop> loop_;  // helpers may hold it longer
   net::Dialer dialer_;
 
   std::mutex mutex_;

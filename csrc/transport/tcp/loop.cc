@@ -21,6 +21,9 @@ constexpr std::uint64_t kClockId = 1;
 constexpr int kEventsAlone = 64;
 constexpr int kEventsEach = 4;
 
+// A helper looks up so often, even if nothing wakes it.
+constexpr Duration kHelpTurn = std::chrono::seconds(1);
+
 timespec toTimespec(TimePoint when) {
   // steady_clock is CLOCK_MONOTONIC.
   const auto ns = std::max<std::int64_t>(
@@ -48,32 +51,87 @@ Loop::Loop(int threads)
     threads_.emplace_back([this] { work(); });
     pthread_setname_np(threads_.back().native_handle(), "reducer-tcp");
   }
+  own_ = threads_.front().get_id();
+}
+
+Loop::~Loop() {
+  if (net::forkGeneration() == generation_) {
+    stop();
+  } else {
+    new std::vector<std::thread>(std::move(threads_));  // a forked child, where they are not
+  }
 }
 
 void Loop::stop() {
   {
     const std::lock_guard lock(mutex_);
     if (stopped_) return;
+    stopping_ = true;
   }
-  stopping_ = true;
-  wake();
+  helper_left_.notify_all();
+  ring();
   for (std::thread& thread : threads_) thread.join();
-  const std::lock_guard lock(mutex_);
+  threads_.clear();
+  std::unique_lock lock(mutex_);
+  helper_left_.wait(lock, [this] { return helper_.load() == std::thread::id(); });
   stopped_ = true;
   tasks_.clear();
   timers_.clear();
 }
 
 void Loop::work() {
-  while (!stopping_) turn(-1);
+  while (!stopping_) {
+    const bool rung = turn(-1);
+    if (helper_.load() != std::thread::id()) standAside(rung);
+  }
   runTasks();
-  wake();  // the next one
+  ring();  // the next one
 }
 
-void Loop::turn(int timeout_ms) {
+bool Loop::turn(int timeout_ms) {
   epoll_event events[kEventsAlone];
   const int count = epoll_wait(epoll_.get(), events, events_max_, timeout_ms);
-  for (int i = 0; i < count; ++i) serve(events[i]);
+  bool rung = false;
+  for (int i = 0; i < count; ++i) {
+    rung |= events[i].data.u64 == kWakeId;
+    serve(events[i]);
+  }
+  return rung;
+}
+
+void Loop::help(const std::function<bool()>& ended, TimePoint until) {
+  if (events_max_ != kEventsAlone || net::forkGeneration() != generation_) return;
+  const std::thread::id me = std::this_thread::get_id();
+  if (me == own_) return;  // it serves the events already
+  std::thread::id nobody;
+  if (stopping_ || !helper_.compare_exchange_strong(nobody, me)) return;
+  while (!stopping_ && !ended()) {
+    const Duration left = std::min<Duration>(until - Clock::now(), kHelpTurn);
+    if (left <= Duration::zero()) break;
+    (void)turn(static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(left).count()));
+  }
+  {
+    // Under the lock, so that whoever is about to wait for this sees it, and nothing of the loop is
+    // used afterwards.
+    const std::lock_guard lock(mutex_);
+    helper_ = std::thread::id();
+    if (aside_ || stopping_) helper_left_.notify_all();
+  }
+  if (stopping_) ring();
+}
+
+void Loop::wake() {
+  const std::thread::id helper = helper_;
+  if (helper != std::thread::id() && helper != std::this_thread::get_id()) ring();
+}
+
+void Loop::standAside(bool rung) {
+  std::unique_lock lock(mutex_);
+  if (helper_.load() == std::thread::id() || stopping_) return;
+  if (rung) ring();  // it may have been meant for the helper, which alone waits now
+  aside_ = true;
+  helper_left_.wait(lock, [this] { return helper_.load() == std::thread::id() || stopping_; });
+  aside_ = false;
 }
 
 void Loop::serve(const epoll_event& event) {
@@ -113,7 +171,7 @@ void Loop::remove(std::uint64_t id, int fd) {
   sources_.erase(found);
 }
 
-void Loop::wake() {
+void Loop::ring() {
   const std::uint64_t one = 1;
   (void)!::write(wake_.get(), &one, sizeof one);
 }
@@ -125,7 +183,7 @@ void Loop::post(std::function<void()> task) {
     tasks_.push_back(std::move(task));
     if (tasks_.size() > 1) return;  // whoever was woken for the first takes all
   }
-  wake();
+  ring();
 }
 
 void Loop::runTasks() {

@@ -4,6 +4,7 @@
 #include <sys/epoll.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -15,7 +16,9 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "transport/net/fork.h"
 #include "transport/net/socket.h"
+#include "transport/transport.h"
 
 namespace reducer::transport::tcp {
 
@@ -33,15 +36,18 @@ class Source {
 ///
 /// Thread safety: every method, from any thread. No lock is held while a source, a timer or a task
 /// runs.
-class Loop {
+class Loop final : public Helper {
  public:
   explicit Loop(int threads);
-  ~Loop() { stop(); }
+  ~Loop() override;
   Loop(const Loop&) = delete;
   Loop& operator=(const Loop&) = delete;
 
-  /// Runs what has been posted, and joins the threads. Not from one of them.
+  /// Runs what has been posted, sends helpers away, and joins the threads. Not from one of them.
   void stop();
+
+  void help(const std::function<bool()>& ended, TimePoint until) override;
+  void wake() override;
 
   /// Returns a number for remove(). The first events come at once.
   std::uint64_t add(int fd, std::shared_ptr<Source> source);
@@ -60,19 +66,22 @@ class Loop {
   using Timers = std::map<std::pair<TimePoint, std::uint64_t>, std::function<void()>>;
 
   void work();
-  /// Waits for events and serves them.
-  void turn(int timeout_ms);
+  /// Waits for events and serves them. True: one was a call to wake up.
+  bool turn(int timeout_ms);
   void serve(const epoll_event& event);
-  void wake();
+  void ring();
+  void standAside(bool rung);
   void runTasks();
   void runTimers();
   void armHeld();
 
+  const std::uint64_t generation_ = net::forkGeneration();
   const int events_max_;
   net::Fd epoll_;
   net::Fd wake_;
   net::Fd clock_;
   std::atomic<bool> stopping_{false};
+  std::atomic<std::thread::id> helper_{};  // none: nobody helps
 
   std::mutex sources_mutex_;
   std::unordered_map<std::uint64_t, std::shared_ptr<Source>> sources_;
@@ -84,8 +93,11 @@ class Loop {
   std::unordered_map<std::uint64_t, TimePoint> times_;  // of the timers, by number
   std::uint64_t next_timer_ = 1;
   TimePoint armed_ = TimePoint::max();
+  std::condition_variable helper_left_;
+  bool aside_ = false;  // the loop's own thread waits for the helper to leave
   bool stopped_ = false;
   std::vector<std::thread> threads_;
+  std::thread::id own_;  // the first of them
 };
 
 }  // namespace reducer::transport::tcp

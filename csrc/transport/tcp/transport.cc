@@ -84,6 +84,8 @@ class TcpTransportImpl final : public TcpTransport {
 
   void post(std::function<void()> task) override { core_->loop().post(std::move(task)); }
 
+  std::shared_ptr<Helper> helper() override { return core_->helper(); }
+
  private:
   const std::shared_ptr<Core> core_;
 };
