@@ -103,7 +103,7 @@ torch-suite: setup ## PyTorch's own distributed suite on reducer, and beside it 
 tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
 	cmake -S . -B build/native >/dev/null
 	$(RUN_CLANG_TIDY) -clang-tidy-binary $(CLANG_TIDY) -quiet -j $(JOBS) -p build/native \
-	  '/csrc/(common|kernels|wire|engine|transport|server|collective|runtime|reducerd)/'
+	  '/csrc/(common|kernels|wire|engine|transport|server|collective|simulate|runtime|reducerd)/'
 
 format: setup ## formatters, changing files
 	$(VENV)/ruff check --fix-only .

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from reducer._bench.report import COLOURS, MARKERS, label_sizes, label_times
-from reducer._bench.units import format_seconds, format_size
+from reducer._bench.units import format_seconds, format_size, format_tick
 from reducer._simulate.model import Network, Row
 
 
@@ -87,7 +87,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         _draw_panel(axes, name, get, rows)
     figure.suptitle(title + "; dashed: the model of docs/algorithms.md", x=0.01, ha="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -104,21 +104,27 @@ def _draw_panel(axes: Any, name: str, get: Callable[[Row], int], rows: Sequence[
     }
     if name != "reducers":
         shown = [row for row in shown if row.job.reducers in (0, most_reducers[row.job.workers])]
-    for number, algorithm in enumerate(dict.fromkeys(row.algorithm for row in shown)):
+    for number, algorithm in enumerate(dict.fromkeys(row.algorithm for row in rows)):
         mine = sorted((row for row in shown if row.algorithm == algorithm), key=get)
         xs = [get(row) for row in mine]
         colour = COLOURS[number % len(COLOURS)]
+        if name == "reducers" and xs == [0]:  # it has none, whatever the others have
+            axes.axhline(mine[0].seconds, color=colour, linestyle="-.", linewidth=1.2, label=algorithm)
+            continue
         axes.plot(
             xs, [row.seconds for row in mine], color=colour, marker=MARKERS[number % len(MARKERS)],
             markersize=5, label=algorithm,
         )  # fmt: skip
         if all(row.model_s is not None for row in mine):
             axes.plot(xs, [row.model_s for row in mine], color=colour, linestyle="--", linewidth=1, alpha=0.7)
-    label_times(axes)
     if name == "size":
+        label_times(axes)
         axes.set_xscale("log", base=2)
         label_sizes(axes)
-    elif name == "workers":
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda seconds, _: format_tick(seconds))
+    if name == "workers":
         axes.set_xscale("log", base=2)
         ticks = sorted({get(row) for row in shown})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
