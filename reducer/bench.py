@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from reducer._bench import report, units
+from reducer._bench import programs, report, units
 from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome, run_case
 from reducer._bench.explain import explain_choice, read_choice
 from reducer._bench.formulas import COLLECTIVES, bus_factor
@@ -37,8 +37,9 @@ from reducer._bench.memory_mode import memory_table, run_memory
 from reducer._bench.start import started_reducers, started_team, under_torchrun
 from reducer._bench.team import Team
 
-BACKENDS = ("reducer", "gloo", "nccl")
-ALGORITHMS = ("auto", "direct", "server", "mixed", "ring")
+BACKENDS = ("reducer", "gloo", "nccl", "core", "openmpi")
+ALGORITHMS = ("auto", "local", "direct", "server", "mixed", "ring")
+TRANSPORTS = ("auto", "grpc", "tcp", "shm")
 DTYPES = (
     *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -52,6 +53,7 @@ class Plan:
 
     backends: tuple[str, ...]
     algorithms: tuple[str, ...]
+    transport: str
     collective: str
     dtype: str
     op: str
@@ -65,14 +67,21 @@ class Plan:
 def bench_command(
     backend: Annotated[
         str,
-        typer.Option(help="Backends to run side by side: a list of reducer, gloo and nccl."),
+        typer.Option(
+            help="What to run side by side: a list of the backends reducer, gloo and nccl, of core (this library's "
+            "own C++ interface) and openmpi (both only on one machine, and for the all-reduce of float32, sum)."
+        ),
     ] = "reducer,gloo",
     algorithm: Annotated[
         str,
         typer.Option(
             help="Algorithms of the backend reducer to run side by side: "
-            "a list of auto, direct, server, mixed and ring."
+            "a list of auto, local, direct, server, mixed and ring."
         ),
+    ] = "auto",
+    transport: Annotated[
+        str,
+        typer.Option(help=f"What the backend reducer's bytes go by: one of {', '.join(TRANSPORTS)}."),
     ] = "auto",
     collective: Annotated[str, typer.Option(help=f"What to run: one of {', '.join(COLLECTIVES)}.")] = "all_reduce",
     ranks: Annotated[
@@ -133,6 +142,7 @@ def bench_command(
         plan = Plan(
             backends=_choices("--backend", backend, BACKENDS),
             algorithms=_choices("--algorithm", algorithm, ALGORITHMS),
+            transport=_choice("--transport", transport, TRANSPORTS),
             collective=_choice("--collective", collective, COLLECTIVES),
             dtype=_choice("--dtype", dtype, DTYPES),
             op=_choice("--op", op, OPS),
@@ -150,6 +160,8 @@ def bench_command(
         if explain:
             _check_explain(plan, memory)
         _check_servers(plan, reducers)
+        if memory or not plan.local:
+            _check_backends(plan)
         if not plan.local and reducers:
             raise ValueError("--reducers starts them on one machine: under torchrun set REDUCER_SERVERS")
     except ValueError as error:
@@ -286,14 +298,19 @@ def _contenders(plan: Plan, team: Team, started: Sequence[str]) -> list[Contende
     local = {"GLOO_SOCKET_IFNAME": "lo", "REDUCER_INTERFACE": "lo"} if plan.local else {}
     contenders = []
     for backend in plan.backends:
+        if backend in programs.BY_NAME:
+            program = programs.BY_NAME[backend](team.world_size, plan.transport)
+            contenders.append(Contender(backend, backend, program))
+            continue
         if backend != "reducer":
             contenders.append(Contender(backend, backend, team, local))
             continue
         for algorithm in plan.algorithms:
-            alone = algorithm in ("direct", "ring")
+            alone = algorithm in ("local", "direct", "ring")
             environment = {
                 **local,
                 "REDUCER_ALGORITHM": algorithm,
+                "REDUCER_TRANSPORT": plan.transport,
                 "REDUCER_SERVERS": "" if alone else servers,
             }
             contenders.append(Contender(f"reducer {algorithm}", backend, team, environment))
@@ -306,6 +323,12 @@ def _check_explain(plan: Plan, memory: bool) -> None:
             "--explain is of the times of all_reduce, the backend reducer and the algorithm auto; leave --memory out, "
             "and name auto in --algorithm"
         )
+
+
+def _check_backends(plan: Plan) -> None:
+    for backend in plan.backends:
+        if backend in programs.BY_NAME:
+            raise ValueError(f"--backend {backend} starts its ranks on this machine, and only takes times")
 
 
 def _check_servers(plan: Plan, reducers: int) -> None:

@@ -31,8 +31,9 @@ class Options:
         several. Default: none.
     bandwidth: of this worker's NIC, "25gbit"; to be given on all ranks, and for all servers as "host:port@25gbit", or
         nowhere. The shares of the bytes follow it. Default: all NICs are as fast.
-    algorithm: "auto", "direct", "server", "mixed" or "ring", or one for each range of sizes, in bytes of the call, the
-        end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" (docs/tuning.md).
+    algorithm: "auto", "local", "direct", "server", "mixed" or "ring", or one for each range of sizes, in bytes of the
+        call, the end of a range not in it: "0-64KiB:direct,64KiB-:mixed". Default: "auto" (docs/tuning.md; "local"
+        where all ranks share a host).
     tuning: a table of `reducer tune` that "auto" goes by, read by rank 0; "off": by nothing measured. Default: what a
         group on several hosts measures itself when it is made, in under a second, and keeps in the cache.
     transport: "auto" (shared memory within a host, between processes the faster of TCP and gRPC that both have),
@@ -237,5 +238,10 @@ def resolve(options: Options | None = None, environ: Mapping[str, str] | None = 
         raise InvalidArgumentError(
             f"REDUCER_ALGORITHM: '{needing[0]}' needs standalone reducers, and REDUCER_SERVERS is empty; start some "
             "with `reducer serve` and name them there, or use 'direct'"
+        )
+    if settings.algorithm == "local" and settings.transport not in ("auto", "shm"):
+        raise InvalidArgumentError(
+            "REDUCER_ALGORITHM: the algorithm 'local' is shared memory, and REDUCER_TRANSPORT is "
+            f"'{settings.transport}'; use 'auto' or 'shm' there"
         )
     return settings

@@ -4,7 +4,9 @@
 #include <cstring>
 #include <utility>
 
+#include "collective/calls.h"
 #include "collective/group_state.h"
+#include "collective/local_group.h"
 #include "common/limits.h"
 #include "wire/lane.h"
 
@@ -14,33 +16,18 @@ namespace {
 std::byte* bytes(void* data) { return static_cast<std::byte*>(data); }
 const std::byte* bytes(const void* data) { return static_cast<const std::byte*>(data); }
 
-Status invalid(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
-
-std::size_t sum(std::span<const std::size_t> counts) {
-  std::size_t total = 0;
-  for (const std::size_t count : counts) total += count;
-  return total;
-}
-
-wire::Call makeCall(Collective collective, ReduceOp op, DataType dtype, std::size_t count,
-                    Rank root = kAllRanks) {
-  wire::Call call;
-  call.collective = collective;
-  call.op = op;
-  call.dtype = dtype;
-  call.count = count;
-  call.root = root;
-  return call;
-}
-
-/// `server` needs servers, for some sizes or all.
+/// `server` needs servers, for some sizes or all; `local` is for all sizes or none.
 Status checkAlgorithm(const GroupConfig& config) {
   const Settings& settings = config.settings;
-  if (!config.servers.empty()) return {};
   std::string item;
   for (const SizeRange& range : settings.ranges) {
     if (range.algorithm == Algorithm::kServer) item = "'" + textOf({range}) + "'";
+    if (range.algorithm == Algorithm::kLocal) {
+      return invalid("the algorithm 'local' is for calls of every size, and not for '" +
+                     textOf({range}) + "' only");
+    }
   }
+  if (!config.servers.empty()) return {};
   if (settings.ranges.empty() && settings.algorithm == Algorithm::kServer) item = "'server'";
   if (item.empty()) return {};
   return invalid("the algorithm " + item +
@@ -69,10 +56,13 @@ Status checkBandwidths(const GroupConfig& config) {
 }
 
 /// Each collective as transfers: who pushes, who pulls, who owns.
-class GroupHandle final : public Group {
+class GroupHandle final : public Group, private CallChecks {
  public:
   explicit GroupHandle(std::shared_ptr<GroupState> state)
-      : state_(std::move(state)), rank_(state_->config().rank), n_(state_->config().world_size) {}
+      : CallChecks(state->config().rank, state->config().world_size),
+        state_(std::move(state)),
+        rank_(state_->config().rank),
+        n_(state_->config().world_size) {}
   ~GroupHandle() override { state_->close(); }
 
   void allReduce(const void* in, void* out, std::size_t count, DataType dtype, ReduceOp op,
@@ -237,10 +227,7 @@ class GroupHandle final : public Group {
         !checkSize("out_counts", out_counts.size(), done)) {
       return;
     }
-    if (in_counts[rank_] != out_counts[rank_]) {
-      return done(invalid("this rank sends itself " + std::to_string(in_counts[rank_]) +
-                          " elements and expects " + std::to_string(out_counts[rank_])));
-    }
+    if (!checkOwn(in_counts[rank_], out_counts[rank_], done)) return;
     // The ranks' counts differ by nature; each pair's are compared where they meet.
     const wire::Call call = makeCall(Collective::kAllToAll, ReduceOp::kNone, dtype, 0);
     state_->run(
@@ -403,29 +390,6 @@ class GroupHandle final : public Group {
         number);
   }
 
-  static bool checkOp(ReduceOp op, DataType dtype, const Done& done) {
-    if (op != ReduceOp::kNone && supports(op, dtype)) return true;
-    done(invalid(std::string(nameOf(op)) + " has no meaning on " + std::string(nameOf(dtype))));
-    return false;
-  }
-  bool checkRank(const char* what, Rank rank, const Done& done) const {
-    if (rank >= 0 && rank < n_) return true;
-    done(invalid(std::string(what) + " is " + std::to_string(rank) +
-                 ", but the ranks of this group are 0 to " + std::to_string(n_ - 1)));
-    return false;
-  }
-  bool checkPeer(Rank peer, const Done& done) const {
-    if (peer != rank_) return checkRank("peer", peer, done);
-    done(invalid("rank " + std::to_string(rank_) + " cannot send to or receive from itself"));
-    return false;
-  }
-  bool checkSize(const char* what, std::size_t size, const Done& done) const {
-    if (size == static_cast<std::size_t>(n_)) return true;
-    done(invalid(std::string(what) + " has " + std::to_string(size) +
-                 " entries, one for each of the " + std::to_string(n_) + " ranks is needed"));
-    return false;
-  }
-
   const std::shared_ptr<GroupState> state_;
   const Rank rank_;
   const Rank n_;
@@ -494,9 +458,14 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
     return invalid("REDUCER_CHUNK_BYTES is " + std::to_string(config.settings.chunk_bytes) +
                    ", outside of 4KiB to 16MiB");
   }
+  Result<bool> shared = sharesMemory(config);
+  if (!shared.ok()) return shared.status();
+  if (shared.value()) config.settings.algorithm = Algorithm::kLocal;
   const auto state = std::make_shared<GroupState>(std::move(config), transport, local);
+  std::shared_ptr<Group> group = std::make_shared<GroupHandle>(state);
+  if (shared.value()) group = makeLocalGroup(std::move(group), state);
   state->start();
-  return std::shared_ptr<Group>(std::make_shared<GroupHandle>(state));
+  return group;
 }
 
 }  // namespace reducer::collective

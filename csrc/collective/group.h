@@ -62,6 +62,9 @@ struct CallOptions {
   /// `done`).
   std::shared_ptr<const void> keepalive;
   std::shared_ptr<Canceller> canceller;  ///< may be null
+  /// The caller waits for the end at once: where that is faster, its own thread may do the work
+  /// before the call returns.
+  bool blocking = false;
   /// What the ranks compare and errors name, where a collective is made of another.
   std::optional<Collective> shown_as;
   /// Elements of the whole call, of which this operation is a part: compared among the ranks, too.

@@ -10,7 +10,7 @@
 #include "common/hexadecimal.h"
 #include "common/limits.h"
 #include "common/placement.h"
-#include "engine/engine.h"
+#include "engine/describe.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
@@ -447,11 +447,14 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
 
 void GroupState::abort(const Status& reason) {
   std::vector<Receives::Request> unmatched;
+  bool first = false;
   {
     const std::lock_guard lock(mutex_);
-    if (broken_.ok()) broken_ = reason;
+    first = broken_.ok();
+    if (first) broken_ = reason;
     unmatched = receives_.clear();
   }
+  if (first && when_broken_) when_broken_(reason);
   for (const Receives::Request& request : unmatched) request.fail(reason);
   for (const auto& operation : operations()) fail(operation, reason);
 }

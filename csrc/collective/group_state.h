@@ -28,6 +28,9 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
  public:
   GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local);
 
+  /// Told once, when nothing more can work in this group, and why. To be set before start().
+  void whenBroken(std::function<void(const Status&)> told) { when_broken_ = std::move(told); }
+
   /// Connects to the owners and starts the clock. Once, right after construction.
   void start();
 
@@ -108,6 +111,7 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   std::int32_t workers_left_ = 0;     // said goodbye
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
+  std::function<void(const Status&)> when_broken_;
   std::condition_variable link_closed_;
   std::unique_ptr<transport::Timer> ticker_;
 };

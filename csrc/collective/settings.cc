@@ -12,12 +12,13 @@
 namespace reducer::collective {
 namespace {
 
-constexpr std::array<std::pair<std::string_view, Algorithm>, 5> kAlgorithms{{
+constexpr std::array<std::pair<std::string_view, Algorithm>, 6> kAlgorithms{{
     {"auto", Algorithm::kAuto},
     {"direct", Algorithm::kDirect},
     {"server", Algorithm::kServer},
     {"mixed", Algorithm::kMixed},
     {"ring", Algorithm::kRing},
+    {"local", Algorithm::kLocal},
 }};
 
 constexpr std::array<std::pair<std::string_view, Carrier>, 4> kCarriers{{

@@ -12,7 +12,7 @@
 
 namespace reducer::collective {
 
-enum class Algorithm { kAuto, kDirect, kServer, kMixed, kRing };
+enum class Algorithm { kAuto, kDirect, kServer, kMixed, kRing, kLocal };
 
 std::string_view nameOf(Algorithm algorithm) noexcept;
 Result<Algorithm> parseAlgorithm(std::string_view text);

@@ -1,10 +1,10 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "common/check.h"
 #include "common/limits.h"
+#include "engine/describe.h"
 #include "wire/lane.h"
 
 namespace reducer::engine {
@@ -42,52 +42,22 @@ std::size_t Engine::SlotHash::operator()(const wire::SlotId& id) const noexcept 
   return h ^ (h >> 32);
 }
 
-std::string seconds(Duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f s",
-                std::chrono::duration_cast<std::chrono::duration<double>>(duration).count());
-  return text;
-}
-
-std::string describe(const wire::Call& call) {
-  std::string text(nameOf(call.collective));
-  if (call.collective == Collective::kBarrier) return text + "()";
-  text += "(";
-  if (call.op != ReduceOp::kNone) text += std::string(nameOf(call.op)) + ", ";
-  text += std::string(nameOf(call.dtype)) + ", " + std::to_string(call.count) +
-          (call.count == 1 ? " element" : " elements");
-  if (call.root != kAllRanks) text += ", root " + std::to_string(call.root);
-  return text + ")";
-}
-
 // ------------------------------------------------------------------ names for messages
 
 std::string Engine::nameRank(const Group& group, Rank rank) {
-  const Member& member = group.members[rank];
-  return "rank " + std::to_string(rank) + " (" +
-         (member.host.empty() ? "has not connected" : member.host) + ")";
-}
-
-std::string Engine::nameRanks(const Group& group, const std::vector<Rank>& ranks) {
-  constexpr std::size_t kNamed = 16;
-  std::string text;
-  for (std::size_t i = 0; i < ranks.size() && i < kNamed; ++i) {
-    text += (i ? ", " : "") + nameRank(group, ranks[i]);
-  }
-  if (ranks.size() > kNamed) text += " and " + std::to_string(ranks.size() - kNamed) + " more";
-  return text;
+  return engine::nameRank(rank, group.members[rank].host);
 }
 
 std::string Engine::nameOperation(const Group& group, const wire::Frame& head) {
-  std::string text = "group '" + group.name + "', ";
   if (head.call.collective == Collective::kSendRecv) {
-    text += "send/recv from rank " + std::to_string(head.pusher) + " to rank " +
-            std::to_string(head.puller) + " tag " + std::to_string(wire::tagOf(head.slot.lane)) +
-            " #" + std::to_string(head.slot.seq);
-    return text;
+    return "group '" + group.name + "', send/recv from rank " + std::to_string(head.pusher) +
+           " to rank " + std::to_string(head.puller) + " tag " +
+           std::to_string(wire::tagOf(head.slot.lane)) + " #" + std::to_string(head.slot.seq);
   }
-  if (wire::isStepLane(head.slot.lane)) return text + "the second step of a collective";
-  return text + "collective #" + std::to_string(head.slot.seq);
+  if (wire::isStepLane(head.slot.lane)) {
+    return "group '" + group.name + "', the second step of a collective";
+  }
+  return nameCollective(group.name, head.slot.seq);
 }
 
 std::string Engine::describeMismatch(const Group& group, const Slot& slot) {
@@ -95,39 +65,25 @@ std::string Engine::describeMismatch(const Group& group, const Slot& slot) {
   for (const Arrival& arrival : slot.arrivals) arrivals.push_back(&arrival);
   std::sort(arrivals.begin(), arrivals.end(),
             [](const Arrival* a, const Arrival* b) { return a->rank < b->rank; });
-  std::vector<std::pair<std::string, std::vector<Rank>>> calls;
+  std::vector<Called> called;
   for (const Arrival* arrival : arrivals) {
-    const std::string call = describe(arrival->call);
-    auto same =
-        std::find_if(calls.begin(), calls.end(), [&](const auto& c) { return c.first == call; });
-    if (same == calls.end()) same = calls.insert(calls.end(), {call, {}});
-    same->second.push_back(arrival->rank);
+    called.push_back({nameRank(group, arrival->rank), arrival->call});
   }
-  std::string text = "ranks made different calls in " + nameOperation(group, slot.head) + ": ";
-  if (calls.size() == 1) {
-    return text + "all called " + calls[0].first +
-           ", but cut it into different chunks; are REDUCER_CHUNK_BYTES, REDUCER_ALGORITHM and "
-           "REDUCER_SERVERS equal everywhere, or do the parts differ in size?";
-  }
-  for (std::size_t i = 0; i < calls.size(); ++i) {
-    text += (i ? "; " : "") + nameRanks(group, calls[i].second) + " called " + calls[i].first;
-  }
-  return text + ". All ranks of a group must make the same calls in the same order.";
+  return engine::describeMismatch(nameOperation(group, slot.head), called);
 }
 
 std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint now) {
-  std::vector<Rank> missing;
-  std::vector<Rank> here;
+  std::vector<std::string> missing;
+  std::vector<std::string> here;
   for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
     if (slot.arrived[rank]) {
-      here.push_back(rank);
+      here.push_back(nameRank(group, rank));
     } else if (takesPart(group, slot, rank)) {
-      missing.push_back(rank);
+      missing.push_back(nameRank(group, rank));
     }
   }
-  return nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": timeout after " +
-         seconds(now - slot.since) + ", waiting for " + nameRanks(group, missing) + "; here " +
-         (here.size() == 1 ? "is " : "are ") + nameRanks(group, here);
+  return engine::describeWait(nameOperation(group, slot.head), slot.head.call, now - slot.since,
+                              missing, here);
 }
 
 // ------------------------------------------------------------------ membership

@@ -83,12 +83,6 @@ std::vector<Outgoing> settle(Ready ready, BufferPool& pool);
 void sumByHost(const Placement& placement, DataType dtype, ReduceOp op,
                std::span<const Payload> inputs, std::byte* out);
 
-/// "2.5 s".
-std::string seconds(Duration duration);
-
-/// "all_reduce(sum, float32, 1000 elements)".
-std::string describe(const wire::Call& call);
-
 struct EngineCounters {
   std::uint64_t slots_open = 0;
   std::uint64_t slots_done = 0;
@@ -175,7 +169,6 @@ class Engine {
   static bool takesPart(const Group& group, const Slot& slot, Rank rank);
   static std::size_t participantsOf(const Group& group, const wire::Frame& head);
   static std::string nameRank(const Group& group, Rank rank);
-  static std::string nameRanks(const Group& group, const std::vector<Rank>& ranks);
   static std::string nameOperation(const Group& group, const wire::Frame& head);
   static std::string describeMismatch(const Group& group, const Slot& slot);
   static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);

@@ -123,6 +123,24 @@ void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::b
   combine(dtype, op, readers, out, count);
 }
 
+void reduce(DataType dtype, ReduceOp op, std::span<const std::byte* const> inputs, std::byte* out,
+            std::size_t count) {
+  REDUCER_CHECK(!inputs.empty() && op != ReduceOp::kNone && supports(op, dtype));
+  const auto* const sources = reinterpret_cast<const std::uint8_t* const*>(inputs.data());
+  if (op != ReduceOp::kAvg || !isInteger(dtype)) {
+    return reduceContiguous(dtype, op, raw(out), sources, inputs.size(), count);
+  }
+  const std::size_t run = kRunBytesMax / sizeOf(dtype);
+  std::vector<const std::uint8_t*> here(sources, sources + inputs.size());
+  for (std::size_t done = 0; done < count; done += run) {
+    const std::size_t part = std::min(run, count - done);
+    std::byte* const to = out + done * sizeOf(dtype);
+    reduceContiguous(dtype, op, raw(to), here.data(), here.size(), part);
+    divide(dtype, to, part, static_cast<std::int64_t>(inputs.size()));
+    for (const std::uint8_t*& source : here) source += part * sizeOf(dtype);
+  }
+}
+
 void accumulate(DataType dtype, ReduceOp op, std::byte* out, const Payload& in, std::size_t count) {
   REDUCER_CHECK(op != ReduceOp::kNone && supports(op, dtype));
   REDUCER_CHECK(in.nbytes() == count * sizeOf(dtype));

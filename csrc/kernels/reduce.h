@@ -33,6 +33,10 @@ namespace reducer::kernels {
 void reduce(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::byte* out,
             std::size_t count);
 
+/// The same for inputs in one piece each. `out` may be one of them, else overlaps nothing.
+void reduce(DataType dtype, ReduceOp op, std::span<const std::byte* const> inputs, std::byte* out,
+            std::size_t count);
+
 /// The same by a plain scalar loop, one element at a time: the reference in tests.
 void reduceScalar(DataType dtype, ReduceOp op, std::span<const Payload> inputs, std::byte* out,
                   std::size_t count);

@@ -9,7 +9,7 @@
 namespace reducer::kernels {
 
 /// dst[i] = srcs[0][i] op srcs[1][i] op ..., from left to right, over contiguous memory of any
-/// alignment. dst may be srcs[0], else overlaps nothing. kAvg on integers gives the sum only
+/// alignment. dst may be one of srcs, else overlaps nothing. kAvg on integers gives the sum only
 /// (divide() does the rest).
 void reduceContiguous(DataType dtype, ReduceOp op, std::uint8_t* dst,
                       const std::uint8_t* const* srcs, std::size_t sources, std::size_t count);

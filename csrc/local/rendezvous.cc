@@ -49,11 +49,13 @@ bool wouldBlock(int error) { return error == EAGAIN || error == EWOULDBLOCK || e
 struct Rendezvous::Message {
   std::uint32_t magic = kMagic;
   std::uint32_t version = kVersion;
+  enum Kind : std::uint32_t { kHello, kOffer, kAnswer, kMissing, kVerdict };
+  Kind kind = kHello;
   std::uint32_t place = 0;
   std::uint32_t size = 0;
   std::uint64_t nbytes = 0;
   std::int32_t code = 0;  // Code
-  std::array<char, 484> text{};
+  std::array<char, 480> text{};
 
   bool valid() const { return magic == kMagic && version == kVersion; }
   Status status() const {
@@ -166,6 +168,7 @@ Status Rendezvous::host(Watch& watch) {
     slept = poll(polled.data(), polled.size(), sliceMs(watch, now)) == 0;
     admit();
     for (Guest& guest : guests_) hear(guest);
+    if (slept) tellMissing();
     std::erase_if(guests_, [](const Guest& guest) { return guest.gone && !guest.greeted; });
     conclude();
   }
@@ -193,13 +196,14 @@ void Rendezvous::hear(Guest& guest) {
       return;
     }
     if (guest.greeted) {
-      guest.answered = true;
+      guest.answered = message.kind == Message::kAnswer;
       if (refusal_.ok() && message.code != 0) refusal_ = message.status();
       continue;
     }
     guest.greeted = true;
     guest.place = message.place;
     Message offer;
+    offer.kind = Message::kOffer;
     offer.nbytes = config_.nbytes;
     offer.set(refusal_);
     if (!offer.sendTo(guest.socket.get(), segment_ ? segment_->fd() : -1)) guest.gone = true;
@@ -218,9 +222,25 @@ void Rendezvous::conclude() {
     }
   }
   Message verdict;
+  verdict.kind = Message::kVerdict;
   verdict.set(refusal_);
   for (const Guest& guest : guests_) verdict.sendTo(guest.socket.get());
   decided_ = true;
+}
+
+/// The others cannot see each other: when nothing has come for a while they are told who is missing
+/// (the first of them, if they are many), for their errors.
+void Rendezvous::tellMissing() {
+  std::vector<std::uint32_t> places = missing();
+  if (places == told_missing_) return;
+  Message note;
+  note.kind = Message::kMissing;
+  note.size = static_cast<std::uint32_t>(std::min(places.size(), note.text.size() / 4));
+  std::memcpy(note.text.data(), places.data(), note.size * sizeof places[0]);
+  for (const Guest& guest : guests_) {
+    if (guest.greeted && !guest.gone) note.sendTo(guest.socket.get());
+  }
+  told_missing_ = std::move(places);
 }
 
 std::vector<std::uint32_t> Rendezvous::missing() const {
@@ -228,7 +248,7 @@ std::vector<std::uint32_t> Rendezvous::missing() const {
   if (decided_) return places;
   if (config_.place != 0) {
     if (!socket_) places.push_back(0);
-    return places;
+    return socket_ ? told_missing_ : places;
   }
   for (std::uint32_t place = 1; place < config_.size; ++place) {
     const bool here = std::any_of(guests_.begin(), guests_.end(), [place](const Guest& guest) {
@@ -278,10 +298,14 @@ Status Rendezvous::visit(Watch& watch) {
       refusal_ = Status(Code::kUnavailable,
                         "the rank of this host that makes it left while it was set up");
       decided_ = true;
-    } else if (answered_) {
+    } else if (message.kind == Message::kMissing) {
+      told_missing_.resize(std::min<std::size_t>(message.size, message.text.size() / 4));
+      std::memcpy(told_missing_.data(), message.text.data(), told_missing_.size() * 4);
+      std::erase_if(told_missing_, [this](std::uint32_t place) { return place >= config_.size; });
+    } else if (message.kind == Message::kVerdict) {
       refusal_ = message.status();
       decided_ = true;
-    } else {
+    } else if (message.kind == Message::kOffer) {
       take(message, std::move(fd));
     }
   }
@@ -290,6 +314,7 @@ Status Rendezvous::visit(Watch& watch) {
 
 void Rendezvous::take(const Message& offer, OwnFd fd) {
   Message answer;
+  answer.kind = Message::kAnswer;
   answer.place = config_.place;
   answer.size = config_.size;
   Status status = offer.status();
@@ -310,7 +335,6 @@ void Rendezvous::take(const Message& offer, OwnFd fd) {
   }
   answer.set(status);
   answer.sendTo(socket_.get());
-  answered_ = true;
 }
 
 }  // namespace reducer::local

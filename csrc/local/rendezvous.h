@@ -58,6 +58,7 @@ class Rendezvous {
   void admit();
   void hear(Guest& guest);
   void conclude();
+  void tellMissing();
   Status visit(Watch& watch);
   bool knock();
   void take(const Message& offer, OwnFd fd);
@@ -65,10 +66,10 @@ class Rendezvous {
   const Config config_;
   bool decided_ = false;
   Status refusal_;
+  std::vector<std::uint32_t> told_missing_;  // by place 0
   std::unique_ptr<Segment> segment_;
   OwnFd socket_;               // place 0: listens; others: to place 0
   std::vector<Guest> guests_;  // of place 0
-  bool answered_ = false;      // of the others: the offer was judged
 };
 
 }  // namespace reducer::local

@@ -124,7 +124,7 @@ WorkPtr ReducerBackend::launchReduceScatter(Call call, const Tensors& outputs,
 // ------------------------------------------------------------------ collectives
 
 WorkPtr ReducerBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
-  Call call{OpType::ALLREDUCE, "reducer:all_reduce", options.timeout};
+  Call call{OpType::ALLREDUCE, "reducer:all_reduce", options.timeout, !options.asyncOp};
   if (arguments(call).single("tensors", tensors).layout() == at::kSparse) {
     return allreduce_sparse(tensors, options);
   }
@@ -133,13 +133,13 @@ WorkPtr ReducerBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions
 
 WorkPtr ReducerBackend::allreduce_coalesced(Tensors& tensors,
                                             const c10d::AllreduceCoalescedOptions& options) {
-  return launchAllReduce(
-      {OpType::ALLREDUCE_COALESCED, "reducer:all_reduce_coalesced", options.timeout}, tensors,
-      options.reduceOp);
+  return launchAllReduce({OpType::ALLREDUCE_COALESCED, "reducer:all_reduce_coalesced",
+                          options.timeout, !options.asyncOp},
+                         tensors, options.reduceOp);
 }
 
 WorkPtr ReducerBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& options) {
-  Call call{OpType::REDUCE, "reducer:reduce", options.timeout, tensors, tensors};
+  Call call{OpType::REDUCE, "reducer:reduce", options.timeout, !options.asyncOp, tensors, tensors};
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   const auto buffers = std::make_shared<Buffers>();
@@ -160,7 +160,8 @@ WorkPtr ReducerBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& opti
 }
 
 WorkPtr ReducerBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
-  Call call{OpType::BROADCAST, "reducer:broadcast", options.timeout, tensors, tensors};
+  Call call{
+      OpType::BROADCAST, "reducer:broadcast", options.timeout, !options.asyncOp, tensors, tensors};
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   const auto buffers = std::make_shared<Buffers>();
@@ -178,8 +179,8 @@ WorkPtr ReducerBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions
 }
 
 WorkPtr ReducerBackend::barrier(const c10d::BarrierOptions& options) {
-  return launch({OpType::BARRIER, "reducer:barrier", options.timeout}, nullptr, {Part()},
-                [](Group& group, const Part&, CallOptions o, Done done) {
+  return launch({OpType::BARRIER, "reducer:barrier", options.timeout, !options.asyncOp}, nullptr,
+                {Part()}, [](Group& group, const Part&, CallOptions o, Done done) {
                   group.barrier(std::move(o), std::move(done));
                 });
 }
@@ -258,21 +259,22 @@ void ReducerBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool 
 
 WorkPtr ReducerBackend::allgather(std::vector<Tensors>& outputs, Tensors& inputs,
                                   const c10d::AllgatherOptions& options) {
-  Call call{OpType::ALLGATHER, "reducer:all_gather", options.timeout};
+  Call call{OpType::ALLGATHER, "reducer:all_gather", options.timeout, !options.asyncOp};
   arguments(call).single("inputs", inputs);
   return launchAllGather(std::move(call), outputs, inputs, true);
 }
 
 WorkPtr ReducerBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
                                         const c10d::AllgatherOptions& options) {
-  return launchAllGather(
-      {OpType::_ALLGATHER_BASE, "reducer:all_gather_into_tensor", options.timeout}, {{output}},
-      {input}, false);
+  return launchAllGather({OpType::_ALLGATHER_BASE, "reducer:all_gather_into_tensor",
+                          options.timeout, !options.asyncOp},
+                         {{output}}, {input}, false);
 }
 
 WorkPtr ReducerBackend::allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
                                             const c10d::AllgatherOptions& options) {
-  const Call call{OpType::ALLGATHER_COALESCED, "reducer:all_gather_coalesced", options.timeout};
+  const Call call{OpType::ALLGATHER_COALESCED, "reducer:all_gather_coalesced", options.timeout,
+                  !options.asyncOp};
   const Arguments check = arguments(call);
   // Here torch's lists are by rank first, and by tensor within.
   check.sameLength("the list of outputs", outputs.size(), "the group",
@@ -290,37 +292,38 @@ WorkPtr ReducerBackend::allgather_into_tensor_coalesced(Tensors& outputs, Tensor
                                                         const c10d::AllgatherOptions& options) {
   std::vector<Tensors> lists;
   for (const at::Tensor& output : outputs) lists.push_back({output});
-  return launchAllGather(
-      {OpType::COALESCED, "reducer:all_gather_into_tensor_coalesced", options.timeout}, lists,
-      inputs, false);
+  return launchAllGather({OpType::COALESCED, "reducer:all_gather_into_tensor_coalesced",
+                          options.timeout, !options.asyncOp},
+                         lists, inputs, false);
 }
 
 WorkPtr ReducerBackend::reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                                        const c10d::ReduceScatterOptions& options) {
-  Call call{OpType::REDUCE_SCATTER, "reducer:reduce_scatter", options.timeout};
+  Call call{OpType::REDUCE_SCATTER, "reducer:reduce_scatter", options.timeout, !options.asyncOp};
   arguments(call).single("outputs", outputs);
   return launchReduceScatter(std::move(call), outputs, inputs, true, options.reduceOp);
 }
 
 WorkPtr ReducerBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                              const c10d::ReduceScatterOptions& options) {
-  return launchReduceScatter(
-      {OpType::_REDUCE_SCATTER_BASE, "reducer:reduce_scatter_tensor", options.timeout}, {output},
-      {{input}}, false, options.reduceOp);
+  return launchReduceScatter({OpType::_REDUCE_SCATTER_BASE, "reducer:reduce_scatter_tensor",
+                              options.timeout, !options.asyncOp},
+                             {output}, {{input}}, false, options.reduceOp);
 }
 
 WorkPtr ReducerBackend::reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                                         const c10d::ReduceScatterOptions& options) {
   std::vector<Tensors> lists;
   for (const at::Tensor& input : inputs) lists.push_back({input});
-  return launchReduceScatter({OpType::REDUCE_SCATTER_TENSOR_COALESCED,
-                              "reducer:reduce_scatter_tensor_coalesced", options.timeout},
-                             outputs, lists, false, options.reduceOp);
+  return launchReduceScatter(
+      {OpType::REDUCE_SCATTER_TENSOR_COALESCED, "reducer:reduce_scatter_tensor_coalesced",
+       options.timeout, !options.asyncOp},
+      outputs, lists, false, options.reduceOp);
 }
 
 WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs,
                                const c10d::GatherOptions& options) {
-  Call call{OpType::GATHER, "reducer:gather", options.timeout, inputs};
+  Call call{OpType::GATHER, "reducer:gather", options.timeout, !options.asyncOp, inputs};
   const Arguments check = arguments(call);
   const at::Tensor& input = check.single("inputs", inputs);
   const auto buffers = std::make_shared<Buffers>();
@@ -351,7 +354,7 @@ WorkPtr ReducerBackend::gather(std::vector<Tensors>& outputs, Tensors& inputs,
 
 WorkPtr ReducerBackend::scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                                 const c10d::ScatterOptions& options) {
-  Call call{OpType::SCATTER, "reducer:scatter", options.timeout, {}, outputs};
+  Call call{OpType::SCATTER, "reducer:scatter", options.timeout, !options.asyncOp, {}, outputs};
   const Arguments check = arguments(call);
   const at::Tensor& output = check.single("outputs", outputs);
   const auto buffers = std::make_shared<Buffers>();
@@ -384,7 +387,12 @@ WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
                                       std::vector<std::int64_t>& output_splits,
                                       std::vector<std::int64_t>& input_splits,
                                       const c10d::AllToAllOptions& options) {
-  Call call{OpType::ALLTOALL_BASE, "reducer:all_to_all_single", options.timeout, {input}, {output}};
+  Call call{OpType::ALLTOALL_BASE,
+            "reducer:all_to_all_single",
+            options.timeout,
+            !options.asyncOp,
+            {input},
+            {output}};
   const Arguments check = arguments(call);
   const auto buffers = std::make_shared<Buffers>();
   Part part;
@@ -403,7 +411,8 @@ WorkPtr ReducerBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
 
 WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs,
                                  const c10d::AllToAllOptions& options) {
-  Call call{OpType::ALLTOALL, "reducer:all_to_all", options.timeout, inputs, outputs};
+  Call call{OpType::ALLTOALL, "reducer:all_to_all", options.timeout, !options.asyncOp, inputs,
+            outputs};
   const Arguments check = arguments(call);
   const auto buffers = std::make_shared<Buffers>();
   Part part;
@@ -428,7 +437,7 @@ WorkPtr ReducerBackend::alltoall(Tensors& outputs, Tensors& inputs,
 // ------------------------------------------------------------------ from one rank to another
 
 WorkPtr ReducerBackend::send(Tensors& tensors, int to, int tag) {
-  Call call{OpType::SEND, "reducer:send", c10d::kUnsetTimeout, tensors, tensors};
+  Call call{OpType::SEND, "reducer:send", c10d::kUnsetTimeout, false, tensors, tensors};
   call.numbered = false;
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);

@@ -158,6 +158,7 @@ class ReducerBackend final : public c10d::Backend {
     c10d::OpType type;
     const char* title;  ///< "reducer:all_reduce"
     Milliseconds timeout;
+    bool blocking = false;                               ///< the caller waits for it at once
     Tensors inputs = {};                                 ///< for the profiler
     Tensors outputs = {};                                ///< for result() and the Future
     std::shared_ptr<std::atomic<int>> source = nullptr;  ///< of a receive

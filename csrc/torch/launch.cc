@@ -117,6 +117,8 @@ WorkPtr ReducerBackend::launch(Call call, std::shared_ptr<Buffers> buffers, std:
   options.timeout = call.timeout;
   options.keepalive = buffers;
   options.canceller = call.canceller;
+  // A device's tensors are launched on another thread, which must not wait.
+  options.blocking = call.blocking && copies == nullptr;
   for (Part& one : parts) {
     const auto part = std::make_shared<Part>(std::move(one));
     LaunchQueue::Launch launch;

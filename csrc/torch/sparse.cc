@@ -87,7 +87,8 @@ at::Tensor sumOf(const SparseCall& call) {
 }  // namespace
 
 WorkPtr ReducerBackend::allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) {
-  Call call{c10d::OpType::_ALLREDUCE_SPARSE, "reducer:all_reduce_sparse", options.timeout, tensors};
+  Call call{c10d::OpType::_ALLREDUCE_SPARSE, "reducer:all_reduce_sparse", options.timeout, false,
+            tensors};
   const Arguments check = arguments(call);
   const at::Tensor& tensor = check.single("tensors", tensors);
   TORCH_CHECK_TYPE(tensor.defined() && tensor.layout() == at::kSparse, check.prefix(),

@@ -81,6 +81,16 @@ TEST(Team, ALateRankIsWaitedForAndMissed) {
   });
 }
 
+TEST(Team, TheOthersAreToldWhoIsMissing) {
+  const std::string name = uniqueName();
+  asThreads(2, [&](std::uint32_t r) {
+    Team team(teamConfig(name, 3, r));
+    TestWatch brief(200ms);
+    EXPECT_EQ(team.attach(brief).code(), Code::kTimeout);
+    EXPECT_EQ(team.missing(), (std::vector<std::uint32_t>{2}));
+  });
+}
+
 TEST(Team, APlaceWithoutTheFirstIsToldSo) {
   Team second(teamConfig(uniqueName(), 2, 1));
   TestWatch brief(50ms);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <functional>
 #include <memory>
@@ -100,6 +101,10 @@ class SimCluster {
     config.host = "worker" + std::to_string(rank) + ":1";
     config.settings = options_.settings;
     config.places = options_.places;
+    // Shared memory is found by the job, and other tests may run beside this one.
+    if (!config.places.empty()) {
+      config.job = collective::derivedJob(job, std::to_string(getpid()));
+    }
     return config;
   }
 

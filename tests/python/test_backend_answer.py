@@ -86,6 +86,7 @@ def addresses(module_reducers: Callable[..., list[str]]) -> tuple[str, ...]:
 
 # Algorithm, standalone reducers.
 WAYS = [
+    ("local", 0),
     ("direct", 0),
     ("server", 1),
     ("server", 3),

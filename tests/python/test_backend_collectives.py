@@ -22,7 +22,10 @@ BITS = [Op.BAND, Op.BOR, Op.BXOR]
 # Ranks, algorithm, standalone reducers.
 WORLDS = [
     (1, "direct", 0),
+    (1, "local", 0),
     (2, "direct", 0),
+    (2, "local", 0),
+    (3, "local", 0),
     (2, "server", 1),
     (3, "mixed", 1),
     (3, "ring", 0),

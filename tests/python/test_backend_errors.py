@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ Op = dist.ReduceOp
 N = 3
 
 
-@pytest.fixture(scope="module", params=["direct", "server", "mixed", "ring"])
+@pytest.fixture(scope="module", params=["local", "direct", "server", "mixed", "ring"])
 def ranks(request: pytest.FixtureRequest, module_reducers: Callable[..., list[str]]) -> Iterator[Ranks]:
     count = {"server": 2, "mixed": 1}.get(request.param, 0)
     env = {"REDUCER_ALGORITHM": request.param, "REDUCER_SERVERS": ",".join(module_reducers(count))}
@@ -180,10 +183,10 @@ def wait_for_death() -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("servers", [0, 1])
-def test_a_rank_that_dies_is_named(servers: int) -> None:
+@pytest.mark.parametrize(("algorithm", "servers"), [("local", 0), ("direct", 0), ("mixed", 1)])
+def test_a_rank_that_dies_is_named(algorithm: str, servers: int) -> None:
     with standalone_reducers(servers) as addresses:
-        fresh = Ranks(3, {"REDUCER_SERVERS": ",".join(addresses)})
+        fresh = Ranks(3, {"REDUCER_ALGORITHM": algorithm, "REDUCER_SERVERS": ",".join(addresses)})
         try:
             fresh.call(dist.barrier)
             fresh.kill_rank(2)
@@ -213,6 +216,36 @@ def test_a_rank_that_does_not_come_to_make_the_group() -> None:
         assert "rank 2 of 3 did not come within 2 s" in text
         assert "TimeoutError" in kinds
         assert took < 15
+
+
+def without_shared_memory(settings: dict[str, str]) -> tuple[str, str]:
+    """In a rank: no file may grow, and so there is no memory to share; what a sum says, and what did it."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    os.environ.update(settings)
+    init_group()
+    tensor = torch.ones(1000)
+    try:
+        dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
+    except dist.DistBackendError as error:
+        return str(error), ""
+    assert torch.equal(tensor, torch.full((1000,), 4.0))
+    return "", str(group()._get_backend(torch.device("cpu")).algorithm)
+
+
+def test_without_shared_memory_the_network_does_it_and_one_rank_says_so() -> None:
+    with Ranks(2, init=False) as fresh:
+        assert fresh.call(without_shared_memory, {}) == [("", "direct")] * 2
+        logs = fresh.logs()
+    assert logs.count("cannot share memory") == 1, logs
+    assert "File too large" in logs
+
+
+def test_without_shared_memory_shm_is_an_error() -> None:
+    with Ranks(2, init=False) as fresh:
+        for text, _ in fresh.call(without_shared_memory, {"REDUCER_TRANSPORT": "shm"}):
+            assert "REDUCER_TRANSPORT is 'shm', and the ranks of this host cannot share memory" in text
 
 
 # ---------------------------------------------------------------- settings
@@ -261,6 +294,10 @@ MALFORMED: dict[str, tuple[dict[str, str], str]] = {
     "bandwidth of some servers": (
         {"REDUCER_SERVERS": "a:1@10gbit,b:2"},
         "REDUCER_SERVERS: 'b:2' has no bandwidth and others have; write b:2@10gbit, or none",
+    ),
+    "local over the network": (
+        {"REDUCER_ALGORITHM": "local", "REDUCER_TRANSPORT": "grpc"},
+        "the algorithm 'local' is shared memory, and REDUCER_TRANSPORT is 'grpc'",
     ),
     "server without servers": ({"REDUCER_ALGORITHM": "server"}, "'server' needs standalone reducers"),
 }

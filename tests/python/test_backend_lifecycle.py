@@ -24,9 +24,9 @@ from ranks import Ranks, here, init_group, store_of
 import reducer
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(3) as all_ranks:
+@pytest.fixture(scope="module", params=["local", "direct"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with Ranks(3, {"REDUCER_ALGORITHM": request.param}) as all_ranks:
         yield all_ranks
 
 
@@ -170,7 +170,7 @@ def check_sequence_numbers() -> None:
     dist.barrier()
     assert backend.name() == "reducer"
     assert dist.get_backend() == "reducer"
-    assert backend.algorithm == "direct"
+    assert backend.algorithm == os.environ["REDUCER_ALGORITHM"]
     counters = backend.counters()
     assert counters["operations"] == before + 2
     assert counters["outstanding_bytes_max"] <= counters["window_bytes"]

@@ -4,6 +4,7 @@ split, shrink."""
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,9 +18,9 @@ WORLD = 3
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks(WORLD) as team:
+@pytest.fixture(scope="module", params=["local", "direct"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with Ranks(WORLD, {"REDUCER_ALGORITHM": request.param}) as team:
         yield team
 
 
@@ -199,10 +200,10 @@ def test_completion_hook(ranks: Ranks) -> None:
 def split_in_two() -> None:
     rank, n = dist.get_rank(), dist.get_world_size()
     options = copy.deepcopy(backend().options)
-    assert options.algorithm == "auto"
+    assert options.algorithm == os.environ["REDUCER_ALGORITHM"]
     assert options.global_ranks_in_group == list(range(n))
     options.algorithm = "ring"
-    assert backend().options.algorithm == "auto", "a copy was asked for"
+    assert backend().options.algorithm == os.environ["REDUCER_ALGORITHM"], "a copy was asked for"
     before = backend().comm_split_count()
     mine = [r for r in range(n) if r % 2 == rank % 2]
     pg = dist.group.WORLD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -380,3 +381,26 @@ def test_it_joins_a_torchrun_job() -> None:
     assert done.stdout.count("2 ranks, 0 standalone reducers, under torchrun") == 1
     assert "yes" in done.stdout
     assert "wrong" not in done.stdout
+
+
+def test_programs_beside_the_backends(tmp_path: Path) -> None:
+    """OpenMPI where it is installed; where it is not, one line says so."""
+    path = tmp_path / "figures.json"
+    sizes = ("--min", "4", "--max", "64KiB", "--factor", "16384", "--seconds", "0.02")
+    backends = "reducer,core,openmpi"
+    done = run_bench("--backend", backends, "--algorithm", "local,direct", *sizes, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["results"]
+    expected = ["reducer local", "reducer direct", "core"]
+    if shutil.which("mpicc") and shutil.which("mpirun"):
+        expected.append("openmpi")
+    else:
+        assert "openmpi does not take part: no mpicc" in done.stdout
+    assert [row["contender"] for row in rows] == expected * 2
+    assert all(row["correct"] for row in rows)
+
+
+def test_programs_measure_times_of_one_machine_only() -> None:
+    done = run_bench("--backend", "core", "--memory")
+    assert done.returncode == 2
+    assert "--backend core starts its ranks on this machine, and only takes times" in done.stdout

@@ -1,0 +1,397 @@
+#include "collective/local_operations.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "common/hexadecimal.h"
+#include "engine/describe.h"
+
+namespace reducer::collective {
+namespace {
+
+// As in the engine: how long different calls wait for more ranks to show theirs.
+constexpr Duration kMismatchGrace = std::chrono::milliseconds(300);
+// What a deadline may be away at most, so that it can be added to the time.
+constexpr auto kLongest = std::chrono::hours(24 * 365);
+
+local::Team::Config teamOf(const GroupConfig& config, std::size_t area_bytes) {
+  local::Team::Config team;
+  team.name = hexadecimal(config.job);
+  for (Rank rank = 0; rank < config.world_size; ++rank) team.ranks.push_back(rank);
+  team.place = static_cast<std::uint32_t>(config.rank);
+  team.host = config.host;
+  team.area_bytes = area_bytes;
+  return team;
+}
+
+local::CallWords wordsOf(const LocalCall& call) {
+  const wire::Call& shown = call.shown;
+  return {static_cast<std::uint64_t>(shown.collective) | static_cast<std::uint64_t>(shown.op) << 8 |
+              static_cast<std::uint64_t>(shown.dtype) << 16 |
+              static_cast<std::uint64_t>(static_cast<std::uint32_t>(shown.root)) << 32,
+          shown.count, call.count, call.shape, 0};
+}
+
+wire::Call callOf(const local::CallWords& words) {
+  wire::Call call;
+  call.collective = static_cast<Collective>(words[0] & 0xFF);
+  call.op = static_cast<ReduceOp>(words[0] >> 8 & 0xFF);
+  call.dtype = static_cast<DataType>(words[0] >> 16 & 0xFF);
+  call.root = static_cast<Rank>(static_cast<std::uint32_t>(words[0] >> 32));
+  call.count = words[1];
+  return call;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------ one operation
+
+LocalOperation::LocalOperation(std::shared_ptr<LocalOperations> owner, const LocalCall& the_call,
+                               CallOptions options, Done done)
+    : call(the_call),
+      timeout(options.timeout),
+      owner_(std::move(owner)),
+      deadline_(started_ + std::min<Duration>(timeout, kLongest)),
+      options_(std::move(options)),
+      done_(std::move(done)) {}
+
+bool LocalOperation::begin() {
+  const std::lock_guard lock(mutex_);
+  if (state_ != State::kWaiting) return false;
+  state_ = State::kRunning;
+  return true;
+}
+
+std::optional<std::pair<CallOptions, Done>> LocalOperation::release() {
+  const std::lock_guard lock(mutex_);
+  if (state_ == State::kEnded) return std::nullopt;
+  state_ = State::kEnded;
+  return std::pair(std::move(options_), std::move(done_));
+}
+
+Status LocalOperation::why() {
+  const std::lock_guard lock(mutex_);
+  return why_;
+}
+
+void LocalOperation::tellNumber() {
+  if (options_.number) *options_.number = number;
+}
+
+void LocalOperation::end(const Status& status) {
+  // Let go behind `done`: what keeps the memory knows on which thread it may be released.
+  CallOptions options;
+  Done done;
+  {
+    const std::lock_guard lock(mutex_);
+    if (state_ == State::kEnded) return;
+    state_ = State::kEnded;
+    done = std::move(done_);
+    options = std::move(options_);
+  }
+  done(status);
+}
+
+void LocalOperation::cancel(const Status& why) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (state_ == State::kEnded) return;
+    if (why_.ok()) why_ = why;
+    if (state_ == State::kRunning) {
+      // The thread that runs it notices, and ends it.
+      if (owner_->team().attached()) owner_->team().giveUp(number, why);
+      return;
+    }
+  }
+  end(why);
+}
+
+Status LocalOperation::look(TimePoint now, bool slept) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!why_.ok()) return why_;
+  }
+  if (now >= deadline_) return tooLate(now);
+  const local::Team& team = owner_->team();
+  if (!slept || !team.attached()) return {};
+  if (const auto gone = team.gone()) {
+    return Status(Code::kUnavailable, engine::nameCollective(owner_->config().name, number) + ", " +
+                                          engine::describe(call.shown) + ": " + gone->text +
+                                          " before it joined in");
+  }
+  return differs(now);
+}
+
+Status LocalOperation::tooLate(TimePoint now) const {
+  const local::Team& team = owner_->team();
+  std::vector<std::string> missing;
+  std::vector<std::string> here;
+  const std::vector<std::uint32_t> unmet =
+      team.attached() ? std::vector<std::uint32_t>() : team.missing();
+  for (std::uint32_t place = 0; place < team.size(); ++place) {
+    const bool absent = team.attached()
+                            ? !owner_->exchange().callOf(place, number)
+                            : std::find(unmet.begin(), unmet.end(), place) != unmet.end();
+    (absent ? missing : here).push_back(team.name(place));
+  }
+  const std::string operation = engine::nameCollective(owner_->config().name, number);
+  if (missing.empty()) {
+    return Status(Code::kTimeout, operation + ", " + engine::describe(call.shown) +
+                                      ": timeout after " + engine::seconds(now - started_) +
+                                      ": all ranks are there, but one stopped on the way");
+  }
+  return Status(Code::kTimeout,
+                engine::describeWait(operation, call.shown, now - started_, missing, here));
+}
+
+/// Those who wait say soon that their calls differ, even if a rank never comes.
+Status LocalOperation::differs(TimePoint now) {
+  const local::CallWords own = wordsOf(call);
+  const local::Team& team = owner_->team();
+  std::vector<engine::Called> called;
+  bool different = false;
+  for (std::uint32_t place = 0; place < team.size(); ++place) {
+    const auto words = owner_->exchange().callOf(place, number);
+    if (!words) continue;
+    different |= *words != own;
+    called.push_back({team.name(place), collective::callOf(*words)});
+  }
+  if (!different) return {};
+  if (differs_since_ == TimePoint::max()) differs_since_ = now;
+  if (now - differs_since_ < kMismatchGrace) return {};
+  return Status(
+      Code::kMismatch,
+      engine::describeMismatch(engine::nameCollective(owner_->config().name, number), called));
+}
+
+// ------------------------------------------------------------------ all of them
+
+LocalOperations::LocalOperations(const GroupConfig& config, std::shared_ptr<Group> network,
+                                 std::function<void(const Status&)> end_network)
+    : config_(config),
+      pid_(getpid()),
+      network_(std::move(network)),
+      end_network_(std::move(end_network)),
+      layout_(local::Exchange::Layout::of(config.world_size, config.settings.chunk_bytes)),
+      team_(teamOf(config, layout_.areaBytes())),
+      exchange_(team_, layout_) {}
+
+LocalOperations::~LocalOperations() {
+  // In a forked child there is no such thread; and one that runs holds this object.
+  if (!thread_.joinable()) return;
+  if (getpid() != pid_) {
+    static_cast<void>(new std::thread(std::move(thread_)));
+  } else {
+    thread_.detach();
+  }
+}
+
+LocalOperations::Way LocalOperations::admit(LocalOperation& operation, bool blocking,
+                                            Status& broken) {
+  if (!broken_.ok()) {
+    broken = broken_;
+    return Way::kBroken;
+  }
+  if (on_network_) return Way::kNetwork;
+  operation.number = static_cast<std::uint32_t>(next_++);
+  operation.tellNumber();
+  counters_.pushed_bytes += operation.call.in_bytes;
+  counters_.pulled_bytes += operation.call.out_bytes;
+  if (!blocking || busy_ || !queue_.empty() || !team_.attached()) return Way::kQueue;
+  busy_ = true;
+  return Way::kHere;
+}
+
+void LocalOperations::enqueue(Item item) {
+  queue_.push_back(std::move(item));
+  if (!thread_.joinable()) {
+    thread_ = std::thread([self = shared_from_this()] { self->work(); });
+  }
+  changed_.notify_one();
+}
+
+void LocalOperations::listen(const std::shared_ptr<Canceller>& canceller,
+                             const std::shared_ptr<LocalOperation>& operation) {
+  if (!canceller) return;
+  canceller->add([weak = std::weak_ptr(operation)](const Status& why) {
+    if (const auto under_way = weak.lock()) under_way->cancel(why);
+  });
+}
+
+void LocalOperations::work() {
+  while (true) {
+    Item item;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return (closing_ || !queue_.empty()) && !busy_; });
+      if (queue_.empty()) return;
+      item = std::move(queue_.front());
+      queue_.pop_front();
+      busy_ = true;
+      current_ = item.operation;
+    }
+    process(std::move(item));
+    idle();
+  }
+}
+
+void LocalOperations::idle() {
+  const std::lock_guard lock(mutex_);
+  busy_ = false;
+  current_.reset();
+  if (closing_ || !queue_.empty()) changed_.notify_one();
+}
+
+void LocalOperations::process(Item item) {
+  LocalOperation& operation = *item.operation;
+  if (!operation.begin()) {  // cancelled while it waited; its number is spent on all ranks
+    team_.giveUp(operation.number, operation.why());
+    if (!team_.attached()) ++missed_;
+    return;
+  }
+  if (!team_.attached()) {
+    if (Status status = team_.attach(operation); !status.ok()) {
+      team_.giveUp(operation.number, status);
+      ++missed_;
+      operation.end(status);
+      return;
+    }
+    if (!team_.attached()) return passOn(std::move(item));
+  }
+  perform(item.operation, *item.job);
+}
+
+void LocalOperations::perform(const std::shared_ptr<LocalOperation>& operation, local::Job& job) {
+  Status status = exchange_.run(operation->number, wordsOf(operation->call), job, *operation);
+  if (status.code() == Code::kMismatch && status.message().empty()) status = mismatch(*operation);
+  // A rank that died is needed by every call to come; one that left only by those it has to join.
+  if (status.code() == Code::kUnavailable) {
+    if (const auto gone = team_.gone(); gone && gone->died) {
+      operation->end(status);
+      breakWith(status);
+      return end_network_(status);
+    }
+  }
+  operation->end(status);
+}
+
+Status LocalOperations::mismatch(const LocalOperation& operation) const {
+  std::vector<engine::Called> called;
+  for (std::uint32_t place = 0; place < team_.size(); ++place) {
+    const auto words = exchange_.callOf(place, operation.number);
+    called.push_back({team_.name(place), words ? callOf(*words) : wire::Call()});
+  }
+  return Status(
+      Code::kMismatch,
+      engine::describeMismatch(engine::nameCollective(config_.name, operation.number), called));
+}
+
+/// The ranks have found that they cannot share memory. All that is queued goes to the network, in
+/// its order, and so does all that comes.
+void LocalOperations::passOn(Item item) {
+  const std::string why = team_.refusal().message();
+  if (config_.settings.carrier == Carrier::kShm) {
+    const Status status(Code::kUnavailable,
+                        "REDUCER_TRANSPORT is 'shm', and the ranks of this host cannot share "
+                        "memory: " +
+                            why + "; mend that, or allow the network with 'auto'");
+    item.operation->end(status);
+    return breakWith(status);
+  }
+  if (config_.rank == 0) {
+    std::fprintf(stderr,
+                 "reducer: warning: group '%s': the ranks of this host cannot share memory (%s); "
+                 "their collectives go over the network\n",
+                 config_.name.c_str(), why.c_str());
+  }
+  // Numbers that were spent here before are spent there, too.
+  for (std::uint64_t i = 0; i < missed_; ++i) spendOnNetwork();
+  handOver(item);
+  while (true) {
+    Item next;
+    {
+      const std::lock_guard lock(mutex_);
+      if (queue_.empty()) {
+        on_network_ = true;
+        return;
+      }
+      next = std::move(queue_.front());
+      queue_.pop_front();
+    }
+    handOver(next);
+  }
+}
+
+void LocalOperations::spendOnNetwork() {
+  CallOptions options;
+  options.canceller = std::make_shared<Canceller>();
+  options.canceller->cancel(
+      Status(Code::kTimeout, "the call was given up on " + team_.name(team_.place())));
+  network_->barrier(std::move(options), [](const Status&) {});
+}
+
+void LocalOperations::handOver(const Item& item) {
+  auto callers = item.operation->release();
+  if (!callers) return spendOnNetwork();
+  item.on_network(*network_, std::move(callers->first), std::move(callers->second));
+}
+
+// ------------------------------------------------------------------ the end
+
+void LocalOperations::breakWith(const Status& why) {
+  std::deque<Item> queued;
+  std::shared_ptr<LocalOperation> current;
+  {
+    const std::lock_guard lock(mutex_);
+    if (broken_.ok()) broken_ = why;
+    queued.swap(queue_);
+    current = current_;
+  }
+  if (current) current->cancel(why);
+  for (const Item& item : queued) {
+    item.operation->cancel(why);
+    // The others may be waiting for this rank there.
+    team_.giveUp(item.operation->number, why);
+  }
+}
+
+void LocalOperations::close() {
+  breakWith(Status(Code::kAborted, "the group was destroyed (destroy_process_group) or closed"));
+  team_.leave();
+  const std::lock_guard lock(mutex_);
+  closing_ = true;
+  changed_.notify_one();
+}
+
+void LocalOperations::join() {
+  std::thread thread;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!thread_.joinable() || thread_.get_id() == std::this_thread::get_id()) return;
+    thread = std::move(thread_);
+  }
+  thread.join();
+}
+
+std::uint64_t LocalOperations::sequence() {
+  const std::lock_guard lock(mutex_);
+  return on_network_ ? network_->sequence() : next_;
+}
+
+GroupCounters LocalOperations::counters() {
+  GroupCounters all = network_->counters();
+  const std::lock_guard lock(mutex_);
+  if (!on_network_) all.operations = next_;
+  all.pushed_bytes += counters_.pushed_bytes;
+  all.pulled_bytes += counters_.pulled_bytes;
+  return all;
+}
+
+bool LocalOperations::onNetwork() {
+  const std::lock_guard lock(mutex_);
+  return on_network_;
+}
+
+}  // namespace reducer::collective
