@@ -170,12 +170,14 @@ def make_table(part: str, points: Sequence[Point]) -> Table:
         "processes": f"time against processes, {os.cpu_count()} cores, loopback",
     }
     table = Table(title=titles[part], title_justify="left")
-    for name in ("size", "processes" if processes else part, "contender", "median"):
+    varied = [] if part == "size" else [part]
+    for name in ("size", *varied, "contender", "median"):
         table.add_column(name, justify="left" if name == "contender" else "right")
     for name in ("of 4 ranks', per byte", "growth") if processes else ("model", "over model"):
         table.add_column(name, justify="right")
     for point in points:
-        cells = [format_size(point.nbytes), str(point.x), point.contender, format_seconds(point.seconds)]
+        cells = [format_size(point.nbytes), *(str(point.x) for _ in varied)]
+        cells += [point.contender, format_seconds(point.seconds)]
         cost = byte_cost(point, points)
         if point.model_s is not None:
             cells += [format_seconds(point.model_s), f"{point.seconds / point.model_s:.2f}"]

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import netlab_cluster
 import typer
 from netlab_cluster import NetlabError
-from netlab_ddp import AVERAGED, DdpScenario, run_ddp
+from netlab_ddp import DdpScenario, run_ddp
 from netlab_goals import Verdict, judge, make_goal_table
 from netlab_run import Setting, run
 from netlab_scenarios import CONTENDERS, SCENARIOS, Competitor, Scenario, Shape
@@ -83,8 +83,9 @@ def _ddp(
     hosts = scenario.shape.hosts if workers is None else workers
     reducers = scenario.shape.reducers if reducers is None else reducers
     names = tuple(contenders.split(",")) if contenders else scenario.contenders
-    for name in names:
-        Competitor(name.removesuffix(AVERAGED))
+    known = [Competitor(name) for name in names]
+    if known[0].name != "gloo":
+        raise ValueError(f"the first contender of {DDP} is gloo: the others are compared with it")
     return replace(
         scenario,
         shape=Shape(hosts, reducers, rate=rate or scenario.shape.rate),
@@ -179,7 +180,7 @@ def main(
         for name in _chosen(scenario) if scenario is not None else ():
             if name == DDP:
                 training = _ddp(workers, reducers, rate, contenders, budget)
-                jobs.append(partial(run_ddp, training, output, console))
+                jobs.append(partial(run_ddp, training, output, console, threads, congestion_control))
                 continue
             if workers is not None or reducers is not None:
                 raise ValueError(f"the scenario {name} says how many workers and reducers it has")

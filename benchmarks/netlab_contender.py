@@ -52,15 +52,13 @@ class Contender:
     failure: str | None = None
     # What its workers do; None: all-reduces.
     serve: Callable[[WorkerPlan, Connection], None] | None = None
-    # Where one competitor runs in two ways; empty: the competitor's name.
-    label: str = ""
 
     def __post_init__(self) -> None:
         self._store = self.cluster.directory / f"{self.name}-store"
 
     @property
     def name(self) -> str:
-        return self.label or self.competitor.name
+        return self.competitor.name
 
     def start_reducers(self, binary: Path, labels: Sequence[str], threads: int, congestion_control: str) -> None:
         """Starts a reducer on each host of `labels`. NetlabError if one does not come up."""

@@ -34,7 +34,6 @@ from gpt import GptConfig, standard_library_text
 from netlab_ddp_worker import Record, Steps, StepsResult, Training, serve_training
 from netlab_timeline import draw_timelines
 
-AVERAGED = "+average"
 GOAL = 1.5
 # Sums in another order differ in the last bit of a float32, and AdamW divides by what may be as small.
 LOSS_NOISE = 1e-4
@@ -52,7 +51,7 @@ class DdpScenario:
     """
 
     shape: Shape = field(default_factory=lambda: Shape(8, 8, rate="250mbit"))
-    contenders: tuple[str, ...] = ("gloo", "auto", "auto" + AVERAGED)
+    contenders: tuple[str, ...] = ("gloo", "auto")
     model: GptConfig = field(default_factory=lambda: GptConfig(context=32, width=256, heads=8, layers=8))
     batch: int = 1
     bucket_mib: float = 2.0
@@ -79,7 +78,7 @@ def loss_distance(run: Run, reference: Run) -> float:
 
 
 def run_ddp(
-    scenario: DdpScenario, output: Path, console: Console, threads: int = 1, congestion_control: str = "auto"
+    scenario: DdpScenario, output: Path, console: Console, threads: int, congestion_control: str
 ) -> tuple[bool, list[Verdict]]:
     """The whole run: whether all losses are close, and the goal's verdicts. NetlabError if anything failed."""
     for name in netlab_cluster.remove_leftovers():
@@ -89,15 +88,12 @@ def run_ddp(
     contenders: list[Contender] = []
     runs = {name: Run(name) for name in scenario.contenders}
     text = standard_library_text(1 << 20)
+    training = Training(scenario.model, text, scenario.batch, scenario.bucket_mib, 1e-3, _SEED)
     with Cluster(shape.labels, None if shape.rate is None else rates) as cluster:
         try:
             for name in scenario.contenders:
                 console.print(f"starting {name}")
-                training = Training(
-                    scenario.model, text, scenario.batch, scenario.bucket_mib, 1e-3, _SEED, name.endswith(AVERAGED)
-                )
-                competitor = Competitor(name.removesuffix(AVERAGED))
-                contender = Contender(competitor, cluster, serve=partial(serve_training, training), label=name)
+                contender = Contender(Competitor(name), cluster, serve=partial(serve_training, training))
                 contenders.append(contender)
                 if contender.competitor.uses_reducers and shape.reducers:
                     contender.start_reducers(server_binary(), shape.reducer_labels, threads, congestion_control)

@@ -19,8 +19,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from reducer.ddp import average_hook
-
 _SAMPLE_SECONDS = 0.001
 # Windows of the text that a rank draws; no run has as many steps.
 _WINDOWS = 4096
@@ -28,7 +26,7 @@ _WINDOWS = 4096
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, the same by all contenders. `averaged`: with reducer.ddp.average_hook."""
+    """What is trained, the same by all contenders."""
 
     model: GptConfig
     text: bytes
@@ -36,7 +34,6 @@ class Training:
     bucket_mib: float
     rate: float
     seed: int
-    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,7 @@ class _Trainer:
         )
         self._windows = Windows(training.text, training.model.context, _WINDOWS, rank, training.seed)
         self._next = 0
-        self._has_hook = training.averaged
-        if training.averaged:
-            self._wrapped.register_comm_hook(None, average_hook)
+        self._has_hook = False
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=training.rate)
 
     def run(self, steps: Steps, rank: int) -> StepsResult:

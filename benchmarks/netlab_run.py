@@ -26,7 +26,11 @@ from reducer._bench.units import parse_rate
 # instead of TCP's slow start after the others' turns.
 _TURN_BYTES_MAX = 512 << 20
 _TURN_COUNT_MIN, _TURN_COUNT_MAX = 4, 40
+# Slow NICs: less of it, or three rounds of all contenders take minutes.
+_TURN_SECONDS_MAX = 3.0
 _ROUNDS_MIN = 3
+_FOREIGN_SECONDS = 0.5
+_FOREIGN_MAX = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,20 @@ class RunResult:
         return not self.failures and not any(row.wrong for row in self.rows)
 
 
-def turn_count(nbytes: int) -> int:
+def turn_count(nbytes: int, shape: Shape) -> int:
     """How many all-reduces of `nbytes` a contender runs before the next one has its turn."""
-    return max(_TURN_COUNT_MIN, min(_TURN_COUNT_MAX, _TURN_BYTES_MAX // (4 * nbytes)))
+    by_time = int(_TURN_SECONDS_MAX * _slowest(shape) / (2 * 8 * nbytes))  # 2 S is about what a ring sends
+    return max(_TURN_COUNT_MIN, min(_TURN_COUNT_MAX, _TURN_BYTES_MAX // (4 * nbytes), by_time))
+
+
+def _slowest(shape: Shape) -> float:
+    """The rate of the slowest NIC in bit/s; 1 Gbit/s where there are no limits."""
+    return 1e9 if shape.rate is None else min(shape.bits(label) for label in shape.labels)
 
 
 def turn_seconds_max(nbytes: int, count: int, shape: Shape) -> float:
     """The deadline of a turn: ten times what a ring's bytes take, and never under 60 s."""
-    slowest = 1e9 if shape.rate is None else min(shape.bits(label) for label in shape.labels)
-    return 60.0 + 10 * 2 * shape.world_size * 8 * nbytes * count / slowest
+    return 60.0 + 10 * 2 * shape.world_size * 8 * nbytes * count / _slowest(shape)
 
 
 def size_budgets(sizes: Sequence[int], budget_s: float) -> dict[int, float]:
@@ -110,8 +119,19 @@ def _fail(contender: Contender, error: NetlabError, note: Callable[[str], None])
     contender.stop()
 
 
-def measure(setting: Setting, contenders: Sequence[Contender], progress: Progress) -> list[Samples]:
-    """Runs the contenders in turns, size by size, until the size's share of the budget is spent."""
+def foreign_share() -> float:
+    """The part of the machine's processors that others keep busy, now that every contender stands still."""
+    busy, total = cpu_seconds()
+    time.sleep(_FOREIGN_SECONDS)
+    busy_after, total_after = cpu_seconds()
+    return (busy_after - busy) / max(total_after - total, 1e-9)
+
+
+def measure(setting: Setting, contenders: Sequence[Contender], progress: Progress) -> tuple[list[Samples], float]:
+    """Runs the contenders in turns, size by size, until the size's share of the budget is spent. With the samples comes
+    the largest `foreign_share` seen before and after a size.
+    """
+    foreign = foreign_share()
     budgets = size_budgets(setting.sizes, setting.budget_s)
     everything: list[Samples] = []
     task = progress.add_task("measuring", total=setting.budget_s)
@@ -132,13 +152,14 @@ def measure(setting: Setting, contenders: Sequence[Contender], progress: Progres
                 setting.rounds is not None or time.monotonic() - begin >= budgets[nbytes]
             ):
                 break
+        foreign = max(foreign, foreign_share())
         spent += budgets[nbytes]
         progress.update(task, completed=spent)
-    return everything
+    return everything, foreign
 
 
 def _one_turn(setting: Setting, contender: Contender, into: Samples, is_warm_up: bool, progress: Progress) -> None:
-    count = turn_count(into.nbytes)
+    count = turn_count(into.nbytes, setting.shape)
     seconds_max = turn_seconds_max(into.nbytes, count, setting.shape)
     busy, total = cpu_seconds()
     try:
@@ -178,7 +199,7 @@ def run(setting: Setting, console: Console) -> RunResult:
         try:
             start_contenders(setting, cluster, contenders, console.print)
             with Progress(console=console, transient=True) as progress:
-                samples = measure(setting, contenders, progress)
+                samples, foreign = measure(setting, contenders, progress)
         except BaseException as error:
             for contender in contenders:
                 contender.failure = contender.failure or f"{contender.name}: {error!r}"
@@ -191,6 +212,11 @@ def run(setting: Setting, console: Console) -> RunResult:
     rows = make_rows(samples, shape, share)
     result = RunResult(rows, {each.name: each.failure for each in contenders if each.failure is not None})
     _write(setting, result, share, console)
+    if foreign > _FOREIGN_MAX:
+        console.print(
+            f"[red]disturbed:[/red] others kept up to {foreign:.0%} of the processors busy while every contender stood "
+            "still; these figures say little"
+        )
     return result
 
 

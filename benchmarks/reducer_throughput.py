@@ -121,6 +121,17 @@ def _await_listener(port: int, receiver: subprocess.Popen[str]) -> None:
     raise RuntimeError("iperf3 -s did not listen within 5 s")
 
 
+def _open(team: LocalTeam, transport: str, server: Server) -> Contender:
+    team.meet("127.0.0.1", _TIMEOUT_S)
+    # The first group of a process is the one that torch calls the default one.
+    Contender("default", "gloo", team).open(_TIMEOUT_S)
+    environment = {"REDUCER_ALGORITHM": "server", "REDUCER_SERVERS": server.address}
+    environment |= {"REDUCER_INTERFACE": "lo", "REDUCER_TRANSPORT": transport}
+    contender = Contender(f"reducer, {transport}", "reducer", team, environment)
+    contender.open(_TIMEOUT_S)
+    return contender
+
+
 def make_table(turns: dict[str, list[Turn]], title: str) -> tuple[Table, bool]:
     """The table, and whether every row of a reducer reaches the goal."""
     table = Table(title=title, title_justify="left")
@@ -164,16 +175,13 @@ def main(
     try:
         nbytes = parse_size(size)
         server = Server("reducer 0")
-        team = LocalTeam("throughput", ranks, environment={"GLOO_SOCKET_IFNAME": "lo"})
+        teams: list[LocalTeam] = []
         try:
-            team.meet("127.0.0.1", _TIMEOUT_S)
-            Contender("default", "gloo", team).open(_TIMEOUT_S)
             contenders = []
             for name in dict.fromkeys(transport.split(",")):
-                environment = {"REDUCER_ALGORITHM": "server", "REDUCER_SERVERS": server.address}
-                environment |= {"REDUCER_INTERFACE": "lo", "REDUCER_TRANSPORT": name}
-                contender = Contender(f"reducer, {name}", "reducer", team, environment)
-                contender.open(_TIMEOUT_S)
+                # Ranks of its own for each: a process has one transport.
+                teams.append(LocalTeam(f"throughput, {name}", ranks, environment={"GLOO_SOCKET_IFNAME": "lo"}))
+                contender = _open(teams[-1], name, server)
                 if contender.failed is not None:
                     console.print(f"{contender.name} is left out: {contender.failed}")
                     continue
@@ -185,11 +193,15 @@ def main(
                     turns.setdefault(contender.name, []).append(turn)
                 turns.setdefault("iperf3", []).append(iperf_turn(seconds, congestion_control))
         finally:
-            team.close()
+            for team in teams:
+                team.close()
             server.child.stop()
     except (*CONTENDER_ERRORS, ValueError, FileNotFoundError, RuntimeError) as error:
         console.print(f"[red]error:[/red] {error}")
         raise typer.Exit(1) from None
+    if len(turns) < 2:
+        console.print("[red]error:[/red] no transport could be measured")
+        raise typer.Exit(1)
     title = f"a core's throughput, push + pull, {ranks} workers, all-reduce of {size}, loopback"
     table, _ = make_table(turns, title)
     console.print(table)

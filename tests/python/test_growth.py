@@ -108,7 +108,7 @@ from gpt import GptConfig
 scenario = DdpScenario(
     Shape(2, 1), ("gloo", "auto"), GptConfig(16, 32, 2, 3), bucket_mib=0.05, budget_s=0.1
 )
-print(run_ddp(scenario, Path(sys.argv[1]), Console(width=140)))
+print(run_ddp(scenario, Path(sys.argv[1]), Console(width=140), 1, "auto"))
 """
 
 

@@ -158,9 +158,19 @@ def test_json_and_picture(tmp_path: Path) -> None:
 
 
 def test_turns_are_short_and_never_empty() -> None:
-    assert netlab_run.turn_count(64 << 20) == 4
-    assert netlab_run.turn_count(1024) > netlab_run.turn_count(16 << 20) > netlab_run.turn_count(1 << 30) > 1
+    shape = scenarios.Shape(8, 8)
+    counts = [netlab_run.turn_count(nbytes, shape) for nbytes in (1024, 16 << 20, 64 << 20, 1 << 30)]
+    assert counts == [40, 8, 4, 4]
+    assert netlab_run.turn_count(4 << 20, shape) == 32
+    assert 4 <= netlab_run.turn_count(4 << 20, scenarios.Shape(8, 8, rate="200mbit")) < 10
     assert netlab_run.turn_seconds_max(64 << 20, 1, scenarios.Shape(8, 8)) > 10 * 8 * (64 << 20) / 1e9
+
+
+def test_others_at_work_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(10.0, 100.0), (10.4, 101.0)])
+    monkeypatch.setattr(netlab_run, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(netlab_run, "_FOREIGN_SECONDS", 0.0)
+    assert netlab_run.foreign_share() == pytest.approx(0.4)
 
 
 def test_budgets_add_up_and_favour_large_sizes() -> None:
@@ -197,6 +207,8 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
         ("--rates", "w99=1gbit", "w99"),
         ("--rates", "w0=fast", "fast"),
         ("--scenario", "9+9", "9+9"),
+        ("--scenario=ddp", "--contenders=auto,gloo", "compared"),
+        ("--scenario=8+8", "--workers=4", "says how many"),
     ],
 )
 def test_bad_options_are_refused_with_a_reason(option: str, value: str, said: str) -> None:
