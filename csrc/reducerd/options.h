@@ -17,7 +17,7 @@ struct Options {
   std::chrono::seconds grace{30};
   std::string congestion_control = "auto";
   transport::Network network = transport::Network::kAuto;  ///< what workers may connect by
-  std::string stats_of;  ///< not empty: ask this reducer and end
+  std::string stats_of;                                    ///< not empty: ask this reducer and end
   bool help = false;
   bool version = false;
 };

@@ -41,8 +41,8 @@ def explain_choice(console: Console, choice: Choice, cases: Sequence[Sequence[Ou
     if not any(choice.ways):
         console.print(
             "It went by no measurement: these are made where a group is on several hosts (unless REDUCER_TUNING is "
-            "off), and by `reducer tune`. Without any, `auto` is shared memory where all ranks can share it, else mixed "
-            "with standalone reducers and direct without."
+            "off), and by `reducer tune`. Without any, `auto` is shared memory where all ranks can share it, else "
+            "mixed with standalone reducers and direct without."
         )
         return
     console.print(choice_table(choice, cases))
