@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <filesystem>
+#include <latch>
 
 #include "local_ranks.h"
 
@@ -83,11 +84,14 @@ TEST(Team, ALateRankIsWaitedForAndMissed) {
 
 TEST(Team, TheOthersAreToldWhoIsMissing) {
   const std::string name = uniqueName();
+  std::latch both_looked(2);
   asThreads(2, [&](std::uint32_t r) {
     Team team(teamConfig(name, 3, r));
     TestWatch brief(200ms);
     EXPECT_EQ(team.attach(brief).code(), Code::kTimeout);
     EXPECT_EQ(team.missing(), (std::vector<std::uint32_t>{2}));
+    // The first of them to leave would end the other's wait with another word.
+    both_looked.arrive_and_wait();
   });
 }
 
