@@ -81,7 +81,9 @@ def bench_command(
     ] = "auto",
     transport: Annotated[
         str,
-        typer.Option(help=f"What the backend reducer's bytes go by: one of {', '.join(TRANSPORTS)}."),
+        typer.Option(
+            envvar="REDUCER_TRANSPORT", help=f"What the backend reducer's bytes go by: one of {', '.join(TRANSPORTS)}."
+        ),
     ] = "auto",
     collective: Annotated[str, typer.Option(help=f"What to run: one of {', '.join(COLLECTIVES)}.")] = "all_reduce",
     ranks: Annotated[
@@ -142,7 +144,7 @@ def bench_command(
         plan = Plan(
             backends=_choices("--backend", backend, BACKENDS),
             algorithms=_choices("--algorithm", algorithm, ALGORITHMS),
-            transport=_choice("--transport", transport, TRANSPORTS),
+            transport=_choice("--transport", transport.strip().lower(), TRANSPORTS),
             collective=_choice("--collective", collective, COLLECTIVES),
             dtype=_choice("--dtype", dtype, DTYPES),
             op=_choice("--op", op, OPS),
