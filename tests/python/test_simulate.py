@@ -92,10 +92,15 @@ def test_help_says_what_it_is() -> None:
     assert "--shared-cores" in done.stdout
 
 
+def heed_ctrl_c() -> None:
+    """A shell has what it starts in the background ignore it, the whole test run included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_it_at_once() -> None:
     with subprocess.Popen(
         [*COMMAND, "--workers", "64", "--size", "256MiB", "--iterations", "1000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
     ) as process:  # fmt: skip
         try:
             time.sleep(3)  # it runs for minutes: whatever it does now, it is to end
