@@ -34,7 +34,7 @@ from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome,
 from reducer._bench.explain import explain_choice, read_choice
 from reducer._bench.formulas import COLLECTIVES, bus_factor
 from reducer._bench.memory_mode import memory_table, run_memory
-from reducer._bench.start import started_reducers, started_team, under_torchrun
+from reducer._bench.start import ReducersOption, started_reducers, started_team, under_torchrun
 from reducer._bench.team import Team
 
 BACKENDS = ("reducer", "gloo", "nccl", "core", "openmpi")
@@ -93,14 +93,7 @@ def bench_command(
             help="Ranks to start on this machine. Under torchrun, its ranks are used instead.",
         ),
     ] = 2,
-    reducers: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Standalone reducers to start on this machine. "
-            "Without any, those in REDUCER_SERVERS are used, if it is set.",
-        ),
-    ] = 0,
+    reducers: ReducersOption = 0,
     dtype: Annotated[str, typer.Option(help=f"Element type: one of {', '.join(DTYPES)}.")] = ("float32"),
     op: Annotated[str, typer.Option(help=f"Reduction: one of {', '.join(OPS)}.")] = "sum",
     smallest: Annotated[str, typer.Option("--min", help="Smallest size of the whole tensor.")] = ("4"),

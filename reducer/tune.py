@@ -19,7 +19,7 @@ from reducer import _core, tuning
 from reducer._bench import report, units
 from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome, run_case
 from reducer._bench.explain import way_name
-from reducer._bench.start import started_reducers, started_team, under_torchrun
+from reducer._bench.start import ReducersOption, started_reducers, started_team, under_torchrun
 from reducer._bench.team import Team
 from reducer.errors import InvalidArgumentError
 
@@ -33,14 +33,7 @@ def tune_command(
     ranks: Annotated[
         int, typer.Option(min=2, help="Ranks to start on this machine. Under torchrun, its ranks are used instead.")
     ] = 2,
-    reducers: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Standalone reducers to start on this machine. "
-            "Without any, those in REDUCER_SERVERS are used, if it is set.",
-        ),
-    ] = 0,
+    reducers: ReducersOption = 0,
     algorithm: Annotated[
         str | None,
         typer.Option(help="What to measure: a list of direct, server and mixed. Default: all that can run here."),

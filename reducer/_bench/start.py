@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
+
+import typer
 
 from reducer._bench.contest import Contender
 from reducer._bench.servers import Server, start_servers, stop_servers
 from reducer._bench.team import JoinedTeam, LocalTeam, Team, join_torchrun
+
+ReducersOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Standalone reducers to start on this machine. "
+        "Without any, those in REDUCER_SERVERS are used, if it is set.",
+    ),
+]
 
 
 @contextmanager

@@ -68,18 +68,6 @@ bool sameBits(const std::vector<float>& a, const std::vector<float>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
-struct Topology {
-  const char* name;
-  Algorithm algorithm;
-  std::int32_t servers;
-};
-
-constexpr Topology kTopologies[] = {
-    {"direct", Algorithm::kDirect, 0},  {"server1", Algorithm::kServer, 1},
-    {"server3", Algorithm::kServer, 3}, {"mixed1", Algorithm::kMixed, 1},
-    {"mixed3", Algorithm::kMixed, 3},
-};
-
 // Its bits are others, what it promises beside them is the same.
 constexpr Topology kRing = {"ring", Algorithm::kRing, 0};
 

@@ -15,6 +15,18 @@
 
 namespace reducer::testing {
 
+/// The sharded exchanges, with one and with several standalone reducers.
+struct Topology {
+  const char* name;
+  collective::Algorithm algorithm;
+  std::int32_t servers;
+};
+inline constexpr Topology kTopologies[] = {
+    {"direct", collective::Algorithm::kDirect, 0},  {"server1", collective::Algorithm::kServer, 1},
+    {"server3", collective::Algorithm::kServer, 3}, {"mixed1", collective::Algorithm::kMixed, 1},
+    {"mixed3", collective::Algorithm::kMixed, 3},
+};
+
 struct ClusterOptions {
   std::int32_t workers = 3;
   std::int32_t servers = 0;

@@ -29,17 +29,6 @@ const std::vector<std::vector<std::string>> kPlaces = {
     {"a", "b", "c", "b", "c", "b", "b"},
 };
 
-struct Topology {
-  const char* name;
-  Algorithm algorithm;
-  std::int32_t servers;
-};
-constexpr Topology kTopologies[] = {
-    {"direct", Algorithm::kDirect, 0},  {"server1", Algorithm::kServer, 1},
-    {"server3", Algorithm::kServer, 3}, {"mixed1", Algorithm::kMixed, 1},
-    {"mixed3", Algorithm::kMixed, 3},
-};
-
 ClusterOptions clusterOf(const std::vector<std::string>& places, const Topology& topology) {
   ClusterOptions options;
   options.workers = static_cast<std::int32_t>(places.size());
