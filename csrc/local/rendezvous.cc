@@ -236,7 +236,7 @@ void Rendezvous::tellMissing() {
   Message note;
   note.kind = Message::kMissing;
   note.size = static_cast<std::uint32_t>(std::min(places.size(), note.text.size() / 4));
-  std::memcpy(note.text.data(), places.data(), note.size * sizeof places[0]);
+  if (note.size > 0) std::memcpy(note.text.data(), places.data(), note.size * sizeof places[0]);
   for (const Guest& guest : guests_) {
     if (guest.greeted && !guest.gone) note.sendTo(guest.socket.get());
   }
@@ -300,7 +300,9 @@ Status Rendezvous::visit(Watch& watch) {
       decided_ = true;
     } else if (message.kind == Message::kMissing) {
       told_missing_.resize(std::min<std::size_t>(message.size, message.text.size() / 4));
-      std::memcpy(told_missing_.data(), message.text.data(), told_missing_.size() * 4);
+      if (!told_missing_.empty()) {
+        std::memcpy(told_missing_.data(), message.text.data(), told_missing_.size() * 4);
+      }
       std::erase_if(told_missing_, [this](std::uint32_t place) { return place >= config_.size; });
     } else if (message.kind == Message::kVerdict) {
       refusal_ = message.status();
