@@ -125,7 +125,10 @@ def main(
     sizes: Annotated[str | None, typer.Option(help="Tensors (default: 1KiB,64KiB,1MiB,16MiB,64MiB).")] = None,
     contenders: Annotated[
         str | None,
-        typer.Option(help=f"Who runs (default: {','.join(CONTENDERS)}); a transport may follow, as in server:grpc."),
+        typer.Option(
+            help=f"Who runs (default: {','.join(CONTENDERS)}); a chunk, a window and a transport may "
+            "follow, as in server/63KiB/2MiB:grpc."
+        ),
     ] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Rounds per size, instead of a time budget.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds to measure for (default: 180).")] = None,

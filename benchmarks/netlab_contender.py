@@ -54,7 +54,7 @@ class Contender:
     serve: Callable[[WorkerPlan, Connection], None] | None = None
 
     def __post_init__(self) -> None:
-        self._store = self.cluster.directory / f"{self.name}-store"
+        self._store = self.cluster.directory / (self.name.replace("/", "-") + "-store")
 
     @property
     def name(self) -> str:

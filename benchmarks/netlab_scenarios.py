@@ -21,22 +21,30 @@ UNLIMITED = 1 << 62
 
 @dataclass(frozen=True)
 class Competitor:
-    """Gloo, or an algorithm of ours and its transport; written `server`, `server:grpc`."""
+    """Gloo, or an algorithm of ours with its chunk and window and its transport, where they matter; written `server`,
+    `server:grpc`, `server/63KiB/2MiB:tcp`.
+    """
 
     name: str
 
     def __post_init__(self) -> None:
-        algorithm, colon, transport = self.name.partition(":")
-        fine = algorithm in ALGORITHMS and (not colon or transport in TRANSPORTS)
+        way, colon, transport = self.name.partition(":")
+        fine = way.partition("/")[0] in ALGORITHMS and (not colon or transport in TRANSPORTS)
         if self.name != "gloo" and not fine:
             raise ValueError(
-                f"{self.name!r} is no contender: write gloo or one of {', '.join(ALGORITHMS)}, with a transport if "
-                f"it matters ({', '.join(TRANSPORTS)}), as in server:grpc"
+                f"{self.name!r} is no contender: write gloo or one of {', '.join(ALGORITHMS)}, with a chunk and a "
+                f"window (server/63KiB/2MiB) and a transport ({', '.join(TRANSPORTS)}; server:grpc) if they matter"
             )
 
     @property
     def algorithm(self) -> str:
-        return self.name.partition(":")[0]
+        return self.name.partition(":")[0].partition("/")[0]
+
+    @property
+    def _way(self) -> str:
+        """What REDUCER_ALGORITHM says for it."""
+        way = self.name.partition(":")[0]
+        return f"0-:{way}" if "/" in way else way
 
     @property
     def transport(self) -> str:
@@ -51,7 +59,7 @@ class Competitor:
         """What selects it; nothing for Gloo."""
         if self.name == "gloo":
             return {}
-        return {"REDUCER_ALGORITHM": self.algorithm, "REDUCER_TRANSPORT": self.transport}
+        return {"REDUCER_ALGORITHM": self._way, "REDUCER_TRANSPORT": self.transport}
 
     def unknown_here(self) -> str | None:
         """Why this build cannot run it, or None."""
@@ -60,7 +68,7 @@ class Competitor:
         from reducer.options import Options, resolve
 
         try:
-            resolve(Options(algorithm=self.algorithm, transport=self.transport, servers="127.0.0.1:1"), {})
+            resolve(Options(algorithm=self._way, transport=self.transport, servers="127.0.0.1:1"), {})
         except ValueError as error:
             return str(error)
         return None

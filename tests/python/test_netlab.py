@@ -135,8 +135,9 @@ def test_every_goal_is_about_somebody_who_runs_at_a_size_that_runs() -> None:
 
 def test_what_a_build_does_not_have_is_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    known = netlab._known("gloo,server:grpc", notes.append)
-    assert [each.name for each in known] == ["gloo", "server:grpc"] and not notes
+    known = netlab._known("gloo,server:grpc,mixed/63KiB/2MiB:tcp", notes.append)
+    assert [each.name for each in known] == ["gloo", "server:grpc", "mixed/63KiB/2MiB:tcp"] and not notes
+    assert known[2].environment == {"REDUCER_ALGORITHM": "0-:mixed/63KiB/2MiB", "REDUCER_TRANSPORT": "tcp"}
 
     def older(text: str) -> str:
         raise ValueError(f"{text!r} is not among auto, grpc")
