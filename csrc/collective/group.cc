@@ -322,6 +322,7 @@ class GroupHandle final : public Group, private CallChecks {
     transfer.plan = meets ? map.planFrom(coordinator, nbytes) : map.plan(nbytes, seq);
     transfer.first_chunk = meets ? 0 : 1;
     if (routes.several()) transfer.map = &map;
+    transfer.depth = state_->depth(route, transfer.plan);
     transfers.push_back(std::move(transfer));
     return transfers;
   }

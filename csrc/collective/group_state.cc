@@ -107,7 +107,11 @@ GroupState::GroupState(GroupConfig config, transport::Transport& transport,
       local_(local),
       placement_(Placement::fromPlaces(config_.places, config_.world_size)),
       routes_(config_.settings, nicsOf(config_, placement_)),
-      rails_(railsOf(config_, routes_, placement_)) {}
+      rails_(railsOf(config_, routes_, placement_)) {
+  for (std::size_t i = 0; i < 2 * routes_.mapWays().size(); ++i) {
+    depths_.push_back(std::make_shared<Depth>());
+  }
+}
 
 std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& settings_text) {
   const auto n = static_cast<OwnerIndex>(config_.world_size);
@@ -229,7 +233,8 @@ void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions opt
   launch(call, lane, std::move(options), std::move(done), number,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            std::vector<Transfer> transfers = cut(info.seq);
-           const auto exchange = std::make_shared<Exchange>(std::move(info), std::move(transfers));
+           const auto exchange =
+               std::make_shared<Exchange>(std::move(info), std::move(transfers), weak_from_this());
            operation = exchange;
            Queued queued;
            for (std::uint32_t t = 0; t < exchange->transfers().size(); ++t) {

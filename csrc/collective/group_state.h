@@ -24,7 +24,9 @@
 namespace reducer::collective {
 
 /// Thread safety: every method, from any thread.
-class GroupState final : public LinkEvents, public std::enable_shared_from_this<GroupState> {
+class GroupState final : public LinkEvents,
+                         public Links,
+                         public std::enable_shared_from_this<GroupState> {
  public:
   GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local);
 
@@ -61,6 +63,14 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   void onArrived(const wire::SlotId& slot) override;
   void onLinkClosed() override;
 
+  void pump(const std::vector<OwnerIndex>& owners) override;
+  TimePoint now() const override { return transport_.now(); }
+
+  /// Rounds under way in the transfers over a route's map that are cut like this.
+  std::shared_ptr<Depth> depth(const Routes::Route& route, const Plan& plan) const {
+    return depths_[2 * route.map + (plan.full_chunks ? 1 : 0)];
+  }
+
   /// Group::adopt().
   void adopt(const std::vector<Sample>& samples) { routes_.adopt(samples); }
   void abort(const Status& reason);
@@ -89,7 +99,6 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   std::uint64_t nextNumber(std::uint64_t lane);
   /// Called with the lock held; its result is to be started without.
   std::vector<Receives::Match> matchReceives(std::uint32_t tag);
-  void pump(const std::vector<OwnerIndex>& owners);
   void fail(const std::shared_ptr<Operation>& operation, const Status& status);
   void tick(TimePoint now);
   std::string describeWait(const Operation& operation, TimePoint now);
@@ -99,9 +108,10 @@ class GroupState final : public LinkEvents, public std::enable_shared_from_this<
   transport::Transport& transport_;
   server::ReducerServer& local_;
   const Placement placement_;
-  Routes routes_;                             // changes in adopt() only
-  const std::vector<ShardMap> rails_;         // by Route::map; empty: there is one level
-  std::vector<std::shared_ptr<Link>> links_;  // by OwnerIndex; constant after start()
+  Routes routes_;                               // changes in adopt() only
+  const std::vector<ShardMap> rails_;           // by Route::map; empty: there is one level
+  std::vector<std::shared_ptr<Depth>> depths_;  // two by Route::map; constant
+  std::vector<std::shared_ptr<Link>> links_;    // by OwnerIndex; constant after start()
 
   std::mutex mutex_;
   std::map<OperationId, std::weak_ptr<Operation>> operations_;

@@ -4,7 +4,6 @@
 #include <limits>
 
 namespace reducer::collective {
-
 wire::Frame Operation::frame() const {
   wire::Frame frame;
   frame.kind = wire::FrameKind::kPush;
@@ -16,10 +15,42 @@ wire::Frame Operation::frame() const {
   return frame;
 }
 
+Exchange::Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Links> links)
+    : Operation(std::move(info)),
+      transfers_(std::move(transfers)),
+      links_(std::move(links)),
+      paces_(transfers_.size()) {
+  for (std::size_t i = 0; i < transfers_.size(); ++i) {
+    const Plan& plan = transfers_[i].plan;
+    if (transfers_[i].depth == nullptr || plan.rounds <= Depth::kLeast) continue;
+    paces_[i] = std::make_unique<Pace>(plan.owners.size(), transfers_[i].depth, plan.window_rounds);
+  }
+}
+
+bool Exchange::ready(const Cursor& cursor) const {
+  const auto& pace = paces_[cursor.transfer];
+  return !pace || pace->open(cursor.round);
+}
+
+void Exchange::accept(const Piece& piece, const Payload& result) {
+  Operation::accept(piece, result);
+  const auto& pace = paces_[piece.transfer];
+  if (!pace) return;
+  const auto links = links_.lock();
+  if (links && pace->answered(piece.round, links->now())) {
+    links->pump(transfers_[piece.transfer].plan.owners);
+  }
+}
+
 Piece Exchange::piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) {
   const Transfer& t = transfers_[transfer];
   const Span span = t.plan.span(round, position);
+  if (paces_[transfer]) {
+    if (const auto links = links_.lock()) paces_[transfer]->begun(round, links->now());
+  }
   Piece piece;
+  piece.transfer = transfer;
+  piece.round = round;
   piece.frame = frame();
   piece.frame.slot.lane = t.lane;
   piece.frame.slot.chunk = t.first_chunk + t.plan.chunk(round, position);

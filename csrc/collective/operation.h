@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "collective/group.h"
+#include "collective/pace.h"
 #include "collective/shard_map.h"
 #include "common/clock.h"
 #include "wire/frame.h"
@@ -16,7 +17,9 @@ namespace reducer::collective {
 struct Piece {
   wire::Frame frame;
   Payload payload;
-  std::byte* out = nullptr;  ///< null: this rank does not pull
+  std::byte* out = nullptr;    ///< null: this rank does not pull
+  std::uint32_t transfer = 0;  ///< of its operation, as is the round
+  std::uint64_t round = 0;
 };
 
 struct Cursor;
@@ -77,6 +80,7 @@ class Operation : public std::enable_shared_from_this<Operation> {
 struct Transfer {
   Plan plan;
   const ShardMap* map = nullptr;  ///< whose windows bound it; null: the links' own do
+  std::shared_ptr<Depth> depth;   ///< rounds under way; null: all
   std::uint64_t lane = 0;
   std::uint32_t first_chunk = 0;
   Rank pusher = kAllRanks;
@@ -85,16 +89,28 @@ struct Transfer {
   std::byte* out = nullptr;       ///< null: this rank does not pull
 };
 
+/// What an operation needs of its group. Thread safety: every method, from any thread.
+class Links {
+ public:
+  virtual ~Links() = default;
+  /// Sends to these owners what has become ready, in turns.
+  virtual void pump(const std::vector<OwnerIndex>& owners) = 0;
+  virtual TimePoint now() const = 0;
+};
+
 /// The sharded exchange: every collective but the ring is a list of transfers.
 class Exchange final : public Operation {
  public:
-  Exchange(Info info, std::vector<Transfer> transfers)
-      : Operation(std::move(info)), transfers_(std::move(transfers)) {}
+  Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Links> links);
   Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) override;
+  bool ready(const Cursor& cursor) const override;
+  void accept(const Piece& piece, const Payload& result) override;
   const std::vector<Transfer>& transfers() const { return transfers_; }
 
  private:
   const std::vector<Transfer> transfers_;
+  const std::weak_ptr<Links> links_;
+  std::vector<std::unique_ptr<Pace>> paces_;  // by transfer; null: all of it at once
 };
 
 /// Pieces of one operation that one owner has still to get: rounds [round, end) at a position of a

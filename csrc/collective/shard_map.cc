@@ -17,15 +17,19 @@ constexpr std::uint64_t kAlign = 64;
 // frame is more than the time that its bytes take on a wire.
 constexpr std::uint64_t kSpreadBytes = 8192;
 
-// What a worker has in flight at one owner if nothing is set. More is not faster, and costs memory
-// at both ends: docs/performance.md has the measurements.
+// A chunk with what frames it leaves as one segment of what the kernel hands a NIC at once (64 KiB
+// with its headers), and larger ones as several whole segments.
+constexpr std::size_t kSegment = 63 << 10;
+
+constexpr std::size_t kSmallestAutoChunk = kSegment / 2;
+constexpr std::size_t kLargestAutoChunk = 4 * kSegment;
+
+// A chunk is such that so many of them in flight at each owner come to this much over all owners.
+constexpr std::size_t kInFlight = 24 * kSegment;
+constexpr std::size_t kChunksInFlight = 3;
+
+// The bound of what a worker has in flight at one owner, if nothing is set.
 constexpr std::size_t kWindowPerOwner = 1 << 20;
-
-// Chunks in flight per owner: on its way up, being summed, on its way down, for each side's jitter.
-constexpr std::size_t kChunksInFlight = 8;
-
-constexpr std::size_t kSmallestAutoChunk = 32 << 10;
-constexpr std::size_t kLargestAutoChunk = 512 << 10;
 
 // A tensor is cut into at least this many rounds if that leaves chunks of kSmallestAutoChunk: with
 // one round, a NIC's two directions would be used one after the other.
@@ -72,14 +76,15 @@ ShardMap::ShardMap(const std::vector<std::uint64_t>& weights, std::size_t chunk_
     weight_max_ = std::max(weight_max_, weights[i]);
   }
   REDUCER_CHECK(!owners_.empty());
-  const std::size_t m = owners_.size();
-  const std::size_t window = window_bytes != 0 ? window_bytes : m * kWindowPerOwner;
+  window_set_ = window_bytes != 0;
+  const std::size_t in_flight = window_bytes != 0 ? window_bytes : kInFlight;
+  window_bytes_ = window_bytes != 0 ? window_bytes : owners_.size() * kWindowPerOwner;
   if (chunk_bytes == 0) {
-    const std::size_t share = scaled(window, weight_max_, weight_total_) / kChunksInFlight;
-    chunk_bytes = std::clamp(share / 4096 * 4096, kSmallestAutoChunk, kLargestAutoChunk);
+    const std::size_t share = scaled(in_flight, weight_max_, weight_total_) / kChunksInFlight;
+    const std::size_t least = window_bytes != 0 ? kSmallestAutoChunk : kSegment;
+    chunk_bytes = std::clamp(share / kSegment * kSegment, least, kLargestAutoChunk);
   }
   chunk_bytes_ = std::clamp(chunk_bytes, kMinChunkBytes, kMaxChunkBytes - 2 * kAlign);
-  window_bytes_ = window;
 }
 
 std::size_t ShardMap::windowBytes(OwnerIndex owner) const {
@@ -118,6 +123,11 @@ Plan ShardMap::planFrom(OwnerIndex first, std::uint64_t nbytes) const {
   // to kAlign), the others smaller ones.
   const std::uint64_t largest = scaled(nbytes, weight_max, plan.before.back());
   plan.rounds = roundsFor(largest);
+  plan.full_chunks = largest > (plan.rounds - 1) * chunk_bytes_;
+  if (window_set_) {
+    const std::uint64_t round = std::max<std::uint64_t>(1, nbytes / plan.rounds);
+    plan.window_rounds = std::max<std::uint64_t>(2, window_bytes_ / round);
+  }
   return plan;
 }
 

@@ -38,6 +38,8 @@ class Plan {
       before;  ///< sum of the weights of the positions before; one more entry: the total
   std::uint64_t nbytes = 0;
   std::uint64_t rounds = 1;
+  std::uint64_t window_rounds = 0;  ///< that the window holds, if it was set; 0: it was not
+  bool full_chunks = false;         ///< chunks are as large as they may be
 
  private:
   std::uint64_t boundary(std::uint64_t of_nbytes, std::uint64_t round, std::size_t position) const;
@@ -86,6 +88,7 @@ class ShardMap {
   std::uint64_t weight_max_ = 0;
   std::size_t chunk_bytes_ = 0;
   std::size_t window_bytes_ = 0;
+  bool window_set_ = false;
 };
 
 }  // namespace reducer::collective

@@ -54,6 +54,33 @@ TEST(Simulation, DirectServerAndRingReachTheirBounds) {
   EXPECT_TRUE(half.nic.reducer);
 }
 
+TEST(Simulation, MixedReachesItsBoundBetweenNoReducersAndAsManyAsWorkers) {
+  // 1 + k (n - 2) / n^2 over the ring's (docs/algorithms.md).
+  for (const std::int32_t k : {2, 4, 6}) {
+    SCOPED_TRACE(k);
+    const double bound = 8.0 / 14 * (1 + k * 6.0 / 64);
+    const double share = lineShare(measured(jobOf(Algorithm::kMixed, 8, k), kLarge), kLarge);
+    EXPECT_GT(share, 0.95 * bound);
+    EXPECT_LT(share, 1.005 * bound);
+  }
+}
+
+TEST(Simulation, WhatIsInFlightFollowsTheDelay) {
+  // 25 Gbit/s and a delay of 0.5 ms each way: 3 MiB are on their way, where 1.5 MiB are enough for
+  // short delays.
+  SimulationOptions options = jobOf(Algorithm::kServer, 8, 8);
+  options.nic.bytes_per_second *= 25;
+  const Measurement near = measured(options, kLarge, 6);
+  options.latency = 500us;
+  const Measurement far = measured(options, kLarge, 6);
+  EXPECT_GT(lineShare(near, kLarge), 0.95 * 25);
+  EXPECT_GT(lineShare(far, kLarge), 0.85 * 25);
+  EXPECT_GT(far.outstanding_bytes, near.outstanding_bytes * 3 / 2);
+  // A window that was set is kept to.
+  options.settings.window_bytes = std::size_t{3} << 19;
+  EXPECT_LT(lineShare(measured(options, kLarge, 6), kLarge), 0.5 * 25);
+}
+
 TEST(Simulation, ReducersWithFasterNicsCarryMore) {
   SimulationOptions options = jobOf(Algorithm::kServer, 8, 4);
   options.reducer_bytes_per_second = 2 * options.nic.bytes_per_second;
