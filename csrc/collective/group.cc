@@ -85,8 +85,10 @@ class GroupHandle final : public Group, private CallChecks {
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
                   std::vector<Transfer> transfers = mapped(route, nbytes, seq);
-                  transfers.back().in = bytes(in);
-                  transfers.back().out = bytes(out);
+                  Transfer& all = transfers.back();
+                  all.depth = state_->depth(route, all.plan);
+                  all.in = bytes(in);
+                  all.out = bytes(out);
                   return transfers;
                 });
   }
@@ -100,6 +102,7 @@ class GroupHandle final : public Group, private CallChecks {
         call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
           std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
           Transfer& all = transfers.back();
+          all.depth = std::make_shared<Depth>();
           all.puller = root;
           all.in = bytes(in);
           if (rank_ == root) all.out = bytes(out);
@@ -116,6 +119,7 @@ class GroupHandle final : public Group, private CallChecks {
         call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
           std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
           Transfer& all = transfers.back();
+          all.depth = std::make_shared<Depth>();
           all.pusher = root;
           if (rank_ == root) {
             all.in = bytes(data);
@@ -322,7 +326,6 @@ class GroupHandle final : public Group, private CallChecks {
     transfer.plan = meets ? map.planFrom(coordinator, nbytes) : map.plan(nbytes, seq);
     transfer.first_chunk = meets ? 0 : 1;
     if (routes.several()) transfer.map = &map;
-    transfer.depth = state_->depth(route, transfer.plan);
     transfers.push_back(std::move(transfer));
     return transfers;
   }

@@ -66,7 +66,8 @@ class GroupState final : public LinkEvents,
   void pump(const std::vector<OwnerIndex>& owners) override;
   TimePoint now() const override { return transport_.now(); }
 
-  /// Rounds under way in the transfers over a route's map that are cut like this.
+  /// Rounds under way in an all-reduce over a route's map that is cut like this. (What does not
+  /// push or pull everywhere is answered sooner, and must not be learned from.)
   std::shared_ptr<Depth> depth(const Routes::Route& route, const Plan& plan) const {
     return depths_[2 * route.map + (plan.full_chunks ? 1 : 0)];
   }

@@ -23,7 +23,7 @@ Exchange::Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Lin
   for (std::size_t i = 0; i < transfers_.size(); ++i) {
     const Plan& plan = transfers_[i].plan;
     if (transfers_[i].depth == nullptr || plan.rounds <= Depth::kLeast) continue;
-    paces_[i] = std::make_unique<Pace>(plan.owners.size(), transfers_[i].depth, plan.window_rounds);
+    paces_[i] = std::make_unique<Pace>(plan, transfers_[i].depth);
   }
 }
 

@@ -33,10 +33,10 @@ void Depth::spaced(Duration spacing) {
   if (queued > kQueuedMost && rounds > kLeast) rounds_ = rounds - 1;
 }
 
-Pace::Pace(std::size_t owners, std::shared_ptr<Depth> depth, std::uint64_t fixed)
-    : owners_(owners),
+Pace::Pace(const Plan& plan, std::shared_ptr<Depth> depth)
+    : plan_(plan),
       depth_(std::move(depth)),
-      fixed_(std::min(fixed, Depth::kMost)),
+      fixed_(std::min(plan.window_rounds, plan.rounds)),
       open_(fixed_ > 0 ? fixed_ : Depth::kMost) {}
 
 void Pace::begun(std::uint64_t round, TimePoint now) {
@@ -49,8 +49,9 @@ bool Pace::answered(std::uint64_t round, TimePoint now) {
   const std::lock_guard lock(mutex_);
   ++open_[round % open_.size()].answers;
   std::uint64_t first = first_;
-  while (open_[first % open_.size()].answers == owners_) {
-    const Round done = std::exchange(open_[first++ % open_.size()], Round());
+  while (open_[first % open_.size()].answers == plan_.owners.size()) {
+    const Round done = std::exchange(open_[first % open_.size()], Round());
+    ++first;
     depth_->answered(now - done.begun);
     if (last_ != TimePoint::max()) depth_->spaced(now - last_);
     last_ = now;

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <vector>
 
+#include "collective/shard_map.h"
 #include "common/clock.h"
 
 namespace reducer::collective {
@@ -46,12 +47,13 @@ class Depth {
   std::uint64_t spaced_ = 0;              // their number
 };
 
-/// The rounds of one transfer. Thread safety: every method, from any thread.
+/// The rounds of one transfer, whose plan outlives it. Thread safety: every method, from any
+/// thread.
 class Pace {
  public:
-  /// `fixed`: the number of rounds under way; 0: it is the depth's, which learns from this
-  /// transfer.
-  Pace(std::size_t owners, std::shared_ptr<Depth> depth, std::uint64_t fixed);
+  /// The number of rounds under way is the plan's `window_rounds`; if it has none, it is the
+  /// depth's, which learns from it.
+  Pace(const Plan& plan, std::shared_ptr<Depth> depth);
 
   bool open(std::uint64_t round) const {
     return round < first_.load(std::memory_order_acquire) + rounds();
@@ -69,7 +71,7 @@ class Pace {
 
   std::uint64_t rounds() const { return fixed_ > 0 ? fixed_ : depth_->rounds(); }
 
-  const std::size_t owners_;
+  const Plan& plan_;
   const std::shared_ptr<Depth> depth_;
   const std::uint64_t fixed_;
   std::atomic<std::uint64_t> first_{0};  // with answers missing

@@ -15,7 +15,7 @@ struct Size {
 };
 
 // One that shows latency, two around the sizes where the ways part, one that shows bandwidth.
-constexpr Size kSizes[] = {{1 << 10, 9}, {32 << 10, 7}, {256 << 10, 5}, {2 << 20, 3}};
+constexpr Size kSizes[] = {{1 << 10, 21}, {32 << 10, 15}, {256 << 10, 11}, {2 << 20, 3}};
 
 /// The end of one operation, waited for by the thread that started it.
 class Ending {

@@ -28,8 +28,12 @@ constexpr std::size_t kLargestAutoChunk = 4 * kSegment;
 constexpr std::size_t kInFlight = 24 * kSegment;
 constexpr std::size_t kChunksInFlight = 3;
 
-// The bound of what a worker has in flight at one owner, if nothing is set.
+// The bound of what a worker has in flight if nothing is set: for each owner, but not more than
+// kWindow in all as long as that is enough for kChunksBound segments each. Owners promise the
+// memory.
 constexpr std::size_t kWindowPerOwner = 1 << 20;
+constexpr std::size_t kWindow = 16 << 20;
+constexpr std::size_t kChunksBound = 2 * kChunksInFlight;
 
 // A tensor is cut into at least this many rounds if that leaves chunks of kSmallestAutoChunk: with
 // one round, a NIC's two directions would be used one after the other.
@@ -77,12 +81,14 @@ ShardMap::ShardMap(const std::vector<std::uint64_t>& weights, std::size_t chunk_
   }
   REDUCER_CHECK(!owners_.empty());
   window_set_ = window_bytes != 0;
-  const std::size_t in_flight = window_bytes != 0 ? window_bytes : kInFlight;
-  window_bytes_ = window_bytes != 0 ? window_bytes : owners_.size() * kWindowPerOwner;
+  window_bytes_ = window_set_ ? window_bytes : std::min(owners_.size() * kWindowPerOwner, kWindow);
   if (chunk_bytes == 0) {
+    const std::size_t in_flight = window_set_ ? window_bytes : kInFlight;
     const std::size_t share = scaled(in_flight, weight_max_, weight_total_) / kChunksInFlight;
-    const std::size_t least = window_bytes != 0 ? kSmallestAutoChunk : kSegment;
+    const std::size_t least = window_set_ ? kSmallestAutoChunk : kSegment;
     chunk_bytes = std::clamp(share / kSegment * kSegment, least, kLargestAutoChunk);
+    const std::size_t round = scaled(kSegment, weight_total_, weight_max_);
+    if (!window_set_) window_bytes_ = std::max(window_bytes_, kChunksBound * round);
   }
   chunk_bytes_ = std::clamp(chunk_bytes, kMinChunkBytes, kMaxChunkBytes - 2 * kAlign);
 }
@@ -121,9 +127,7 @@ Plan ShardMap::planFrom(OwnerIndex first, std::uint64_t nbytes) const {
   }
   // The owner with the largest weight gets chunks of chunk_bytes_ (aligning boundaries may add up
   // to kAlign), the others smaller ones.
-  const std::uint64_t largest = scaled(nbytes, weight_max, plan.before.back());
-  plan.rounds = roundsFor(largest);
-  plan.full_chunks = largest > (plan.rounds - 1) * chunk_bytes_;
+  cut(plan, scaled(nbytes, weight_max, plan.before.back()));
   if (window_set_) {
     const std::uint64_t round = std::max<std::uint64_t>(1, nbytes / plan.rounds);
     plan.window_rounds = std::max<std::uint64_t>(2, window_bytes_ / round);
@@ -131,9 +135,11 @@ Plan ShardMap::planFrom(OwnerIndex first, std::uint64_t nbytes) const {
   return plan;
 }
 
-std::uint64_t ShardMap::roundsFor(std::uint64_t nbytes) const {
-  const std::uint64_t needed = (nbytes + chunk_bytes_ - 1) / chunk_bytes_;
-  return std::max({std::uint64_t{1}, needed, std::min(kRoundsMin, nbytes / kSmallestAutoChunk)});
+void ShardMap::cut(Plan& plan, std::uint64_t largest) const {
+  const std::uint64_t needed = (largest + chunk_bytes_ - 1) / chunk_bytes_;
+  plan.rounds =
+      std::max({std::uint64_t{1}, needed, std::min(kRoundsMin, largest / kSmallestAutoChunk)});
+  plan.full_chunks = largest > (plan.rounds - 1) * chunk_bytes_;
 }
 
 Plan ShardMap::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
@@ -141,7 +147,7 @@ Plan ShardMap::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
   plan.nbytes = nbytes;
   plan.owners = {owner};
   plan.before = {0, 1};
-  plan.rounds = roundsFor(nbytes);
+  cut(plan, nbytes);
   return plan;
 }
 

@@ -80,7 +80,8 @@ class ShardMap {
   std::size_t windowBytesTotal() const;
 
  private:
-  std::uint64_t roundsFor(std::uint64_t nbytes) const;
+  /// Cuts a plan whose largest share is so large.
+  void cut(Plan& plan, std::uint64_t largest) const;
 
   std::vector<OwnerIndex> owners_;      // rising
   std::vector<std::uint64_t> weights_;  // beside owners_

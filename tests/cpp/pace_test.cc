@@ -11,8 +11,17 @@ using namespace std::chrono_literals;
 
 const TimePoint kStart = TimePoint() + 1h;
 
+Plan planOf(std::size_t owners, std::uint64_t rounds, std::uint64_t window_rounds = 0) {
+  Plan plan;
+  for (std::size_t i = 0; i < owners; ++i) plan.owners.push_back(static_cast<OwnerIndex>(i));
+  plan.rounds = rounds;
+  plan.window_rounds = window_rounds;
+  return plan;
+}
+
 TEST(Pace, RoundsOpenWhenAllOwnersHaveAnsweredThoseBefore) {
-  Pace pace(2, std::make_shared<Depth>(), 0);
+  const Plan plan = planOf(2, 100);
+  Pace pace(plan, std::make_shared<Depth>());
   EXPECT_TRUE(pace.open(Depth::kLeast - 1));
   EXPECT_FALSE(pace.open(Depth::kLeast));
   EXPECT_FALSE(pace.answered(0, kStart));
@@ -28,7 +37,8 @@ TEST(Pace, RoundsOpenWhenAllOwnersHaveAnsweredThoseBefore) {
 }
 
 TEST(Pace, ASetNumberOfRoundsHolds) {
-  Pace pace(1, std::make_shared<Depth>(), 5);
+  const Plan plan = planOf(1, 100, 5);
+  Pace pace(plan, std::make_shared<Depth>());
   for (std::uint64_t round = 0; round < 100; ++round) {
     EXPECT_TRUE(pace.open(round + 4));
     EXPECT_FALSE(pace.open(round + 5));
@@ -40,7 +50,8 @@ TEST(Pace, ASetNumberOfRoundsHolds) {
 std::uint64_t depthAfter(Duration spacing, Duration delay, std::shared_ptr<Depth> depth,
                          int transfers = 4, std::uint64_t rounds = 400) {
   for (int transfer = 0; transfer < transfers; ++transfer) {
-    Pace pace(1, depth, 0);
+    const Plan plan = planOf(1, rounds);
+    Pace pace(plan, depth);
     TimePoint now = kStart;
     TimePoint free = kStart;
     std::uint64_t sent = 0;

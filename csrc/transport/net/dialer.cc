@@ -218,7 +218,8 @@ bool Dialer::expire(std::unique_lock<std::mutex>& lock, TimePoint now) {
     return call.state == Call::State::kGreeting && call.answer_by <= now;
   });
   if (silent != calls_.end()) {
-    estranged(lock, *silent, "it does not answer the greeting");
+    // Busy, stopped, or behind a long look-up of its own: who speaks something else says so.
+    failed(*silent, "it does not answer the greeting", now);
     return true;
   }
   const auto late = std::find_if(calls_.begin(), calls_.end(),

@@ -29,7 +29,7 @@ class Caller {
  public:
   virtual ~Caller() = default;
   virtual void onSocket(Fd fd) = 0;
-  /// There was a connection, but its other end did not answer the greeting. The dialer waits for
+  /// There was a connection, but its other end speaks something else. The dialer waits for
   /// retry() or forget().
   virtual void onStranger(const std::string& why) { (void)why; }
   /// The deadline passed; the dialer has forgotten the caller.

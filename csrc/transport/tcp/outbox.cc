@@ -104,13 +104,13 @@ Outbox::Sent Outbox::flush(int fd) {
 }
 
 void Outbox::drop(std::size_t nbytes) {
+  sent_ += nbytes;
   nbytes += offset_;
   while (!messages_.empty()) {
     const Outgoing& first = messages_.front();
     const std::size_t whole = first.prefix.size() + first.header.size() + first.payload.nbytes();
     if (nbytes < whole) break;
     nbytes -= whole;
-    ++sent_;
     const Outgoing done = std::move(messages_.front());
     messages_.pop_front();
     offset_ = 0;

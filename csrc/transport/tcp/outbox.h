@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <vector>
 
@@ -38,7 +39,7 @@ class Outbox {
   /// errno says why.
   Sent flush(int fd);
 
-  std::size_t messagesSent() const { return sent_; }
+  std::uint64_t bytesSent() const { return sent_; }
 
  private:
   /// The first bytes of the queue have left.
@@ -46,7 +47,7 @@ class Outbox {
 
   std::deque<Outgoing> messages_;
   std::size_t offset_ = 0;  // of the first message: so much has left
-  std::size_t sent_ = 0;
+  std::uint64_t sent_ = 0;
 };
 
 }  // namespace reducer::transport::tcp

@@ -160,7 +160,7 @@ void Stream::write() {
   const int fd = fd_.get();  // stays: the stream is not over while there is a writer
   do {
     Outbox::Sent sent = outbox_.flush(fd);
-    written_ = outbox_.messagesSent();
+    written_ = outbox_.bytesSent();
     if (sent == Outbox::Sent::kBroken) return mute(errno);
     if (sent == Outbox::Sent::kAll) continue;
     // The role is anybody's from here on. If room came before that was known, nobody will be told:
@@ -201,6 +201,8 @@ void Stream::mute(int error) {
     error_ = error;
     dropped.swap(queue_);
     writing_ = false;
+    // The peer has to know, whatever the error was. What has come can still be read.
+    if (fd_) (void)::shutdown(fd_.get(), SHUT_RDWR);
   }
   dropped.clear();
   hung_ = true;
@@ -357,7 +359,7 @@ void Stream::end(const Status& reason) {
   Early early;
   {
     const std::lock_guard lock(mutex_);
-    if (ended_ || over_) return;
+    if (ended_ || over_ || moved_) return;
     ended_ = true;
     closing_ = true;
     flush_ = false;
