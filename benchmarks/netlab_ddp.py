@@ -7,6 +7,7 @@ the communication backward hides, as a table and as timelines.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -72,9 +73,13 @@ class Run:
 
 
 def loss_distance(run: Run, reference: Run) -> float:
-    """The largest difference of the loss curves, as a part of the reference's loss, over the steps that both made."""
+    """The largest difference of the loss curves, as a part of the reference's loss, over the steps that both made.
+
+    Infinite where a loss is not finite: max() passes NaNs over.
+    """
     pairs = zip(run.losses, reference.losses, strict=False)
-    return max((abs(mine - other) / other for mine, other in pairs), default=0.0)
+    distances = [abs(mine - other) / other for mine, other in pairs]
+    return max(distances, default=0.0) if all(map(math.isfinite, distances)) else math.inf
 
 
 def run_ddp(

@@ -25,6 +25,7 @@ netlab_run: Any = importlib.import_module("netlab_run")
 netlab_goals: Any = importlib.import_module("netlab_goals")
 scenarios: Any = importlib.import_module("netlab_scenarios")
 cluster: Any = importlib.import_module("netlab_cluster")
+netlab_ddp: Any = importlib.import_module("netlab_ddp")
 netlab_report: Any = importlib.import_module("netlab_report")
 
 LINE = 0.955e9
@@ -123,6 +124,13 @@ def test_goals_are_judged_by_every_size_and_wrong_results_reach_none() -> None:
         console.print(netlab_goals.make_goal_table([missed, verdict("mixed", "line", 0.9)]))
     text = capture.get()
     assert "missed" in text and "0.667 (4 MiB)" in text and "not measured" in text
+
+
+def test_losses_that_are_no_numbers_are_far_from_all() -> None:
+    reference = netlab_ddp.Run("gloo", losses=[4.0, 2.0])
+    assert netlab_ddp.loss_distance(netlab_ddp.Run("auto", losses=[4.0, 2.5, math.nan]), reference) == 0.25
+    for loss in (math.nan, math.inf):
+        assert netlab_ddp.loss_distance(netlab_ddp.Run("auto", losses=[4.0, loss]), reference) == math.inf
 
 
 def test_every_goal_is_about_somebody_who_runs_at_a_size_that_runs() -> None:
