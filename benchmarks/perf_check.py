@@ -37,16 +37,20 @@ _COMMAND_SECONDS_MAX = 400
 _MIB = 1 << 20
 
 
+# By the names of the rows; None: what should have it failed, or was wrong.
+Ratios = dict[str, float | None]
+
+
 class PerfError(Exception):
     """Why nothing could be measured or compared, in a sentence."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One command: it gives ratios by name. `why_not` says why it cannot run here, or None."""
+    """One command: it gives ratios by name, None where one failed. `why_not` says why it cannot run here, or None."""
 
     name: str
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[[], Ratios]
     why_not: Callable[[], str | None] = lambda: None
 
 
@@ -61,10 +65,10 @@ class Finding:
 
     @property
     def lost(self) -> bool:
-        """Below the baseline by more than the tolerance, however often it was tried; or not there any more."""
-        if self.skipped is not None or self.baseline is None:
+        """Below the baseline by more than the tolerance, however often it was tried; or not there (any more)."""
+        if self.skipped is not None:
             return False
-        return not any(each >= self.baseline * (1 - LOSS_MAX) for each in self.attempts)
+        return not any(each >= (self.baseline or 0.0) * (1 - LOSS_MAX) for each in self.attempts)
 
 
 def compare(
@@ -83,7 +87,9 @@ def compare(
         for attempt in range(ATTEMPTS):
             note(f"{source.name}, attempt {attempt + 1}")
             for name, ratio in source.measure().items():
-                mine.setdefault(name, Finding(name, None)).attempts.append(ratio)
+                finding = mine.setdefault(name, Finding(name, None))
+                if ratio is not None:
+                    finding.attempts.append(ratio)
             if not any(finding.lost for finding in mine.values()):
                 break
         findings += mine.values()
@@ -96,7 +102,8 @@ def compare(
 def collect(sources: Sequence[Source], note: Callable[[str], None] = lambda _: None) -> dict[str, float]:
     """A new baseline: of each row the median of three, for one lucky run would be a loss ever after.
 
-    PerfError if a source cannot run: a baseline must not lack what another machine then does not check.
+    PerfError if a source cannot run or a ratio is missing: a baseline must not lack what another machine then does not
+    check.
     """
     ratios: dict[str, list[float]] = {}
     for source in sources:
@@ -106,6 +113,8 @@ def collect(sources: Sequence[Source], note: Callable[[str], None] = lambda _: N
         for attempt in range(ATTEMPTS):
             note(f"{source.name}, {attempt + 1} of {ATTEMPTS}")
             for name, ratio in source.measure().items():
+                if ratio is None:
+                    raise PerfError(f"a baseline needs every row, and there is no ratio for {name}: it failed")
                 ratios.setdefault(name, []).append(ratio)
     return {name: median(each) for name, each in ratios.items()}
 
@@ -128,11 +137,9 @@ def make_table(findings: Sequence[Finding]) -> Table:
 def _word(finding: Finding) -> str:
     if finding.skipped is not None:
         return "[yellow]not run"
-    if finding.baseline is None:
-        return "[yellow]new"
     if finding.lost:
-        return "[red]lost" if finding.attempts else "[red]gone"
-    return "[green]fine"
+        return "[red]lost" if finding.attempts else "[red]missing"
+    return "[yellow]new" if finding.baseline is None else "[green]fine"
 
 
 def read_baseline(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
@@ -171,7 +178,8 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _rows_of(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+def _figures_of(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> Any:
+    """What the command wrote into `output`, though something in it failed. PerfError if it wrote nothing."""
     done = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
@@ -180,38 +188,53 @@ def _rows_of(command: Sequence[str], output: Path, environment: Mapping[str, str
         timeout=_COMMAND_SECONDS_MAX,
         check=False,
     )
-    if done.returncode != 0:
+    if not output.exists():
         raise PerfError(f"`{' '.join(command)}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    content = json.loads(output.read_text())
-    return list(content.get("results") or content["rows"])
+    return json.loads(output.read_text())
 
 
 def bench_source(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Source:
     """`reducer bench`: how many times as fast as Gloo, by size."""
 
-    def measure() -> dict[str, float]:
+    def measure() -> Ratios:
         with tempfile.TemporaryDirectory() as directory:
             output = Path(directory) / "bench.json"
-            rows = _rows_of(["-m", "reducer", "bench", *arguments, "--json", str(output)], output, environment)
-        return {
-            f"{name}, {format_size(row['bytes'])}": row["speed_over_gloo"] for row in rows if row["contender"] != "gloo"
-        }
+            content = _figures_of(["-m", "reducer", "bench", *arguments, "--json", str(output)], output, environment)
+        return bench_ratios(name, content)
 
     return Source(name, measure)
+
+
+def bench_ratios(name: str, content: Mapping[str, Any]) -> Ratios:
+    """Of what `reducer bench --json` writes."""
+    return {
+        f"{name}, {format_size(row['bytes'])}": row.get("speed_over_gloo") if row["correct"] else None
+        for row in content["results"]
+        if row["contender"] != "gloo"
+    }
+
+
+def netlab_ratios(name: str, content: Mapping[str, Any]) -> Ratios:
+    """Of netlab's JSON, which has no row where a contender failed."""
+    rows = content["rows"]
+    found = {(row["contender"], row["nbytes"]): None if row["wrong"] else row["gloo_ratio"] for row in rows}
+    sizes = {row["nbytes"] for row in rows}
+    wanted = [*found, *((contender, nbytes) for contender in content["setting"]["failures"] for nbytes in sizes)]
+    return {
+        f"{name}, {contender}, {format_size(nbytes)}": found.get((contender, nbytes))
+        for contender, nbytes in dict.fromkeys(wanted)
+        if contender != "gloo"
+    }
 
 
 def netlab_source(name: str, arguments: Sequence[str]) -> Source:
     """netlab: how many times as fast as Gloo, by contender and size. Needs root."""
 
-    def measure() -> dict[str, float]:
+    def measure() -> Ratios:
         with tempfile.TemporaryDirectory() as directory:
             command = [str(BENCHMARKS / "netlab.py"), *arguments, "--output", directory]
-            rows = _rows_of(command, Path(directory) / "netlab.json", {})
-        return {
-            f"{name}, {row['contender']}, {format_size(row['nbytes'])}": row["gloo_ratio"]
-            for row in rows
-            if row["contender"] != "gloo"
-        }
+            content = _figures_of(command, Path(directory) / "netlab.json", {})
+        return netlab_ratios(name, content)
 
     def why_not() -> str | None:
         import netlab_cluster
@@ -224,10 +247,10 @@ def netlab_source(name: str, arguments: Sequence[str]) -> Source:
 def engine_source(name: str) -> Source:
     """The engine's bandwidth over a plain add loop's, in turns."""
 
-    def measure() -> dict[str, float]:
+    def measure() -> Ratios:
         from reducer import _core
 
-        ratios = {}
+        ratios: Ratios = {}
         for ranks in (2, 8):
             engine, add = _core.EngineProbe(ranks, 256 << 10, 64 * _MIB), _core.AddProbe(64 * _MIB)
             for probe in (engine, add):

@@ -236,9 +236,16 @@ def _run_speed(
     if png_file is not None:
         report.write_bench_png(png_file, title, plan.collective, team.world_size, cases)
         console.print(f"picture: {png_file}")
-    # A backend that cannot run here is no failure of the run, as long as another did.
-    ran = [outcome for case in cases for outcome in case if outcome.measured]
-    return bool(ran) and all(outcome.ok for outcome in ran)
+    return all_fine(cases)
+
+
+def all_fine(cases: Sequence[Sequence[Outcome]]) -> bool:
+    """Whether whoever could start went through all sizes with right results; nobody at all is not fine.
+
+    A backend that cannot run here has no outcome, and is no failure of the run as long as another could.
+    """
+    outcomes = [outcome for case in cases for outcome in case]
+    return bool(outcomes) and all(outcome.ok for outcome in outcomes)
 
 
 def _run_memory(

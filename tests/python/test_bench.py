@@ -23,6 +23,7 @@ from reducer._bench.processes import Child, ChildError, python_path
 from reducer._bench.report import bench_table, complaints, ratio_to
 from reducer._bench.servers import server_binary
 from reducer._bench.team import LocalTeam, TeamError, raise_errors
+from reducer.bench import all_fine
 from reducer.cli import app
 
 CPU = torch.device("cpu")
@@ -205,6 +206,12 @@ def test_a_wrong_result_is_never_ok() -> None:
     outcome = Outcome("a", 4, seconds=[0.1], wrong=1, difference="rank 0: element 3")
     assert outcome.measured and not outcome.ok
     assert complaints([[outcome]]) == ["a (from 4 B): rank 0: element 3"]
+
+
+def test_a_run_in_which_a_contender_breaks_is_not_fine() -> None:
+    good, broken = Outcome("a", 4, seconds=[0.1]), Outcome("b", 4, seconds=[0.1], error="rank 1: no")
+    assert all_fine([[good], [good]])
+    assert not all_fine([[good, broken], [good]]) and not all_fine([[]])
 
 
 def test_memory_bounds_follow_the_window() -> None:

@@ -18,9 +18,9 @@ perf: Any = importlib.import_module("perf_check")
 throughput: Any = importlib.import_module("reducer_throughput")
 
 
-def source(*runs: dict[str, float], why_not: str | None = None) -> Any:
+def source(*runs: dict[str, float | None], why_not: str | None = None) -> Any:
     """Gives the figures of one run after the other, and fails if it is asked more often."""
-    left: Iterator[dict[str, float]] = iter(runs)
+    left: Iterator[dict[str, float | None]] = iter(runs)
     return perf.Source("row", lambda: next(left), lambda: why_not)
 
 
@@ -54,7 +54,22 @@ def test_one_lost_row_among_others_is_named() -> None:
 def test_a_row_that_is_measured_no_longer_is_lost() -> None:
     findings = perf.compare([source({}, {}, {})], {"row, a": 2.0, "of no source": 1.0})
     assert [each.lost for each in findings] == [True, True]
-    assert "gone" in table_of(findings)
+    assert "missing" in table_of(findings)
+
+
+def test_a_contender_that_failed_has_no_ratio_and_is_lost() -> None:
+    right = {"contender": "reducer auto", "bytes": 4, "correct": True, "speed_over_gloo": 2.0}
+    wrong = {**right, "bytes": 1024, "correct": False}
+    broken = {"contender": "reducer auto", "bytes": 1 << 20, "correct": False, "error": "rank 1: no"}
+    ratios = perf.bench_ratios("row", {"results": [right, wrong, broken]})
+    assert ratios == {"row, 4 B": 2.0, "row, 1 KiB": None, "row, 1 MiB": None}
+    gloo = {"contender": "gloo", "nbytes": 4, "gloo_ratio": 1.0, "wrong": 0}
+    emulated = {"setting": {"failures": {"auto": "it died"}}, "rows": [gloo]}
+    assert perf.netlab_ratios("row", emulated) == {"row, auto, 4 B": None}
+    findings = perf.compare([source(ratios, ratios, ratios)], {"row, 4 B": 2.0, "row, 1 MiB": 3.0})
+    assert [each.name for each in findings if each.lost] == ["row, 1 MiB", "row, 1 KiB"]
+    with pytest.raises(perf.PerfError, match="row, 1 KiB"):
+        perf.collect([source(ratios)])
 
 
 def test_what_cannot_run_is_said_and_not_judged() -> None:
