@@ -8,6 +8,7 @@ torchrun started, and speaks through their store.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import selectors
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from reducer._bench.rank import Rank
 
 Message = dict[str, Any]
+
+# The job's one store keeps the commands of each team: the next team must not read them.
+_joined = itertools.count()
 
 
 class TeamError(RuntimeError):
@@ -212,12 +216,13 @@ def join_torchrun() -> tuple[JoinedTeam, int]:
     from reducer._bench.rank import Rank
 
     store, rank, world_size = next(iter(rendezvous("env://")))
+    number = next(_joined)
     me = Rank()
     me.adopt(
-        PrefixStore("reducer-bench", store),
+        PrefixStore(f"reducer-bench-{number}", store),
         rank,
         world_size,
         int(os.environ.get("LOCAL_RANK", str(rank))),
     )
-    team = JoinedTeam(me, PrefixStore("reducer-bench-control", store), rank, world_size)
+    team = JoinedTeam(me, PrefixStore(f"reducer-bench-control-{number}", store), rank, world_size)
     return team, rank

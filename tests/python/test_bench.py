@@ -390,6 +390,15 @@ def test_it_joins_a_torchrun_job() -> None:
     assert "wrong" not in done.stdout
 
 
+@pytest.mark.usefixtures("_native")
+def test_each_contender_for_memory_has_a_team_of_its_own_in_a_torchrun_job() -> None:
+    job = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "reducer")
+    backends = ("--backend", "gloo,reducer", "--algorithm", "direct")
+    done = run_bench("--memory", "--memory-size", "4MiB", *backends, module=job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("yes") == 2 and "failed" not in done.stdout
+
+
 def test_programs_beside_the_backends(tmp_path: Path) -> None:
     """OpenMPI where it is installed; where it is not, one line says so."""
     path = tmp_path / "figures.json"
