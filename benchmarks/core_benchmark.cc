@@ -1,16 +1,21 @@
 // The core's own C++ interface, without Python and torch, timed as `reducer bench` times
 // everybody's (reducer/_bench/rank.py): all-reduce of float32, sum, in place, call after call on as
-// many buffers as fit 32 MiB, without a barrier between them; ranks are processes of this machine.
+// many buffers as fit 32 MiB, without a barrier between them, after one that is not timed; ranks
+// are processes of this machine.
 //
 //   core-benchmark RANKS TRANSPORT BYTES ITERATIONS
 //
 // Prints how many results were wrong, then the ns of each iteration's slowest rank.
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -28,6 +33,7 @@ using namespace reducer;  // NOLINT(google-build-using-namespace): a program
 constexpr int kIterationsMost = 20'000;
 constexpr int kRanksMost = 64;
 constexpr std::size_t kPoolBytes = std::size_t{32} << 20;
+constexpr auto kStartMost = std::chrono::seconds(60);
 
 /// What the processes share with their parent.
 struct Board {
@@ -50,6 +56,23 @@ void check(const Status& status) {
   std::exit(1);
 }
 
+/// Depends on the position, so that a chunk in a wrong place is seen; sums of it are exact.
+float valueAt(std::size_t i, float first, float step) {
+  return first + step * static_cast<float>(i % 1001);
+}
+
+void fill(float* data, std::size_t count, float first) {
+  for (std::size_t i = 0; i < count; ++i) data[i] = valueAt(i, first, 1);
+}
+
+bool isSum(const float* data, std::size_t count, int ranks) {
+  const auto n = static_cast<float>(ranks);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (data[i] != valueAt(i, n * (n + 1) / 2, n)) return false;
+  }
+  return true;
+}
+
 void sum(collective::Group& group, float* data, std::size_t count) {
   std::promise<Status> ended;
   collective::CallOptions options;
@@ -64,7 +87,11 @@ collective::GroupConfig configOf(const Plan& plan, Board& board, int rank,
                                  const std::string& address) {
   std::snprintf(board.addresses[rank], sizeof board.addresses[rank], "%s", address.c_str());
   board.ready.fetch_add(1);
-  while (board.ready < plan.ranks) usleep(1000);
+  const auto deadline = Clock::now() + kStartMost;
+  while (board.ready < plan.ranks) {
+    if (Clock::now() > deadline) check({Code::kTimeout, "not every rank started within 60 s"});
+    usleep(1000);
+  }
   collective::GroupConfig config;
   config.job = collective::derivedJob("core benchmark", std::to_string(getppid()));
   config.name = "benchmark";
@@ -83,11 +110,13 @@ void measure(collective::Group& group, const Plan& plan, std::int64_t* times, Bo
   const std::size_t fitting = std::max<std::size_t>(1, kPoolBytes / (plan.count * sizeof(float)));
   const int slots = static_cast<int>(std::min<std::size_t>(fitting, plan.iterations));
   std::vector<float> data(slots * plan.count);
-  const auto n = static_cast<float>(plan.ranks);
+  const auto mine = static_cast<float>(group.rank() + 1);
   float aligner = 0;
+  fill(data.data(), plan.count, mine);
+  sum(group, data.data(), plan.count);
   for (int done = 0; done < plan.iterations; done += slots) {
     const int used = std::min(slots, plan.iterations - done);
-    std::fill(data.begin(), data.end(), static_cast<float>(group.rank() + 1));
+    for (int slot = 0; slot < used; ++slot) fill(data.data() + slot * plan.count, plan.count, mine);
     sum(group, &aligner, 1);
     for (int slot = 0; slot < used; ++slot) {
       const auto begun = Clock::now();
@@ -95,15 +124,16 @@ void measure(collective::Group& group, const Plan& plan, std::int64_t* times, Bo
       times[done + slot] = std::chrono::nanoseconds(Clock::now() - begun).count();
     }
     for (int slot = 0; slot < used; ++slot) {
-      const auto first = data.begin() + static_cast<std::ptrdiff_t>(slot * plan.count);
-      const auto last = first + static_cast<std::ptrdiff_t>(plan.count);
-      const bool right = std::all_of(first, last, [n](float x) { return x == n * (n + 1) / 2; });
+      const bool right = isSum(data.data() + slot * plan.count, plan.count, plan.ranks);
       if (!right) board.wrong.fetch_add(1);
     }
   }
 }
 
-int run(const Plan& plan, Board& board, int rank) {
+int run(const Plan& plan, Board& board, int rank, pid_t parent) {
+  // Whoever times this program kills it at a deadline: its ranks must not stay.
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (getppid() != parent) return 1;
   runtime::RuntimeOptions options;
   options.carrier = plan.carrier;
   auto runtime = runtime::Runtime::acquire(options);
@@ -141,9 +171,10 @@ int main(int argc, char** argv) {
   if (memory == MAP_FAILED) return 1;
   Board& board = *new (memory) Board;
   std::vector<pid_t> children;
+  const pid_t parent = getpid();
   for (int rank = 0; rank < plan.ranks; ++rank) {
     const pid_t child = fork();
-    if (child == 0) _exit(run(plan, board, rank));
+    if (child == 0) _exit(run(plan, board, rank, parent));
     children.push_back(child);
   }
   int failed = 0;

@@ -1,5 +1,6 @@
-/* An MPI's all-reduce, timed as `reducer bench` times everybody's (rank.py): float32, sum, in place,
- * call after call on as many buffers as fit 32 MiB, without a barrier between them.
+/* An MPI's all-reduce, timed as `reducer bench` times everybody's (rank.py): float32, sum, in
+ * place, call after call on as many buffers as fit 32 MiB, without a barrier between them, after
+ * one that is not timed: it makes the connections, as a torch group's first calls do.
  *
  *   mpirun -n RANKS mpi_allreduce BYTES ITERATIONS
  *
@@ -9,6 +10,9 @@
 #include <stdlib.h>
 
 static const size_t kPoolBytes = (size_t)32 << 20;
+
+/* Depends on the position, so that a chunk in a wrong place is seen; sums of it are exact. */
+static float value(float first, float step, size_t i) { return first + step * (float)(i % 1001); }
 
 int main(int argc, char** argv) {
   int rank, n;
@@ -25,11 +29,13 @@ int main(int argc, char** argv) {
   float* data = malloc(slots * count * sizeof(float));
   double* times = malloc(sizeof(double) * (size_t)iterations);
   double* slowest = malloc(sizeof(double) * (size_t)iterations);
-  const float expected = (float)n * (float)(n + 1) / 2;
+  const float mine = (float)(rank + 1), sum = (float)n * (float)(n + 1) / 2;
   int wrong = 0, all_wrong = 0;
+  for (size_t i = 0; i < count; ++i) data[i] = value(mine, 1, i);
+  MPI_Allreduce(MPI_IN_PLACE, data, (int)count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
   for (int done = 0; done < iterations;) {
     const int used = iterations - done < (int)slots ? iterations - done : (int)slots;
-    for (size_t i = 0; i < (size_t)used * count; ++i) data[i] = (float)(rank + 1);
+    for (size_t i = 0; i < (size_t)used * count; ++i) data[i] = value(mine, 1, i % count);
     int aligner = 0;
     MPI_Allreduce(MPI_IN_PLACE, &aligner, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
     for (int slot = 0; slot < used; ++slot) {
@@ -40,7 +46,8 @@ int main(int argc, char** argv) {
     }
     for (int slot = 0; slot < used; ++slot) {
       size_t bad = 0;
-      for (size_t i = 0; i < count; ++i) bad += data[(size_t)slot * count + i] != expected;
+      for (size_t i = 0; i < count; ++i)
+        bad += data[(size_t)slot * count + i] != value(sum, (float)n, i);
       wrong += bad > 0;
     }
     done += used;
