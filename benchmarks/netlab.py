@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,13 @@ def _chosen(names: str) -> list[str]:
         if name not in known:
             raise ValueError(f"{name!r} is no scenario: write all, or some of {', '.join(known)}")
     return asked
+
+
+def _refuse(scenario: str, said: Mapping[str, bool]) -> None:
+    """ValueError if an option was said that the scenario does not take."""
+    refused = [option for option, was_said in said.items() if was_said]
+    if refused:
+        raise ValueError(f"the scenario {scenario} takes no {', '.join(refused)}: it says itself what runs on what")
 
 
 def _ddp(
@@ -181,12 +188,14 @@ def main(
         if rate is not None:
             parse_rate(rate)
         for name in _chosen(scenario) if scenario is not None else ():
+            _refuse(name, {"--no-limit": not limited, "--rates": bool(rates), "--ranks-per-host": ranks_per_host > 1})
             if name == DDP:
+                _refuse(name, {"--sizes": sizes is not None, "--iterations": iterations is not None})
                 training = _ddp(workers, reducers, rate, contenders, budget)
-                jobs.append(partial(run_ddp, training, output, console, threads, congestion_control))
+                control = congestion_control, host_congestion_control
+                jobs.append(partial(run_ddp, training, output, console, threads, *control))
                 continue
-            if workers is not None or reducers is not None:
-                raise ValueError(f"the scenario {name} says how many workers and reducers it has")
+            _refuse(name, {"--workers": workers is not None, "--reducers": reducers is not None})
             chosen = SCENARIOS[name]
             jobs.append(job(f"netlab-{name}", replace(chosen.shape, rate=rate or chosen.shape.rate), chosen))
         if scenario is None:

@@ -83,7 +83,12 @@ def loss_distance(run: Run, reference: Run) -> float:
 
 
 def run_ddp(
-    scenario: DdpScenario, output: Path, console: Console, threads: int, congestion_control: str
+    scenario: DdpScenario,
+    output: Path,
+    console: Console,
+    threads: int,
+    congestion_control: str,
+    host_congestion_control: str | None,
 ) -> tuple[bool, list[Verdict]]:
     """The whole run: whether all losses are close, and the goal's verdicts. NetlabError if anything failed."""
     for name in netlab_cluster.remove_leftovers():
@@ -94,7 +99,7 @@ def run_ddp(
     runs = {name: Run(name) for name in scenario.contenders}
     text = standard_library_text(1 << 20)
     training = Training(scenario.model, text, scenario.batch, scenario.bucket_mib, 1e-3, _SEED)
-    with Cluster(shape.labels, None if shape.rate is None else rates) as cluster:
+    with Cluster(shape.labels, None if shape.rate is None else rates, host_congestion_control) as cluster:
         try:
             for name in scenario.contenders:
                 console.print(f"starting {name}")

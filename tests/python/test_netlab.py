@@ -133,6 +133,21 @@ def test_losses_that_are_no_numbers_are_far_from_all() -> None:
         assert netlab_ddp.loss_distance(netlab_ddp.Run("auto", losses=[4.0, loss]), reference) == math.inf
 
 
+def test_the_hosts_of_ddp_have_the_congestion_control_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def refused(*arguments: Any) -> None:
+        asked.extend(arguments)
+        raise cluster.NetlabError("no cluster")
+
+    monkeypatch.setattr(netlab_ddp, "Cluster", refused)
+    monkeypatch.setattr(cluster, "remove_leftovers", list)
+    monkeypatch.setattr(netlab_ddp, "standard_library_text", lambda _: "a text")
+    with pytest.raises(cluster.NetlabError, match="no cluster"):
+        netlab_ddp.run_ddp(netlab_ddp.DdpScenario(), Path("out"), Console(), 1, "auto", "reno")
+    assert asked[2] == "reno"
+
+
 def test_every_goal_is_about_somebody_who_runs_at_a_size_that_runs() -> None:
     for scenario in scenarios.SCENARIOS.values():
         names = [scenarios.Competitor(name).name for name in scenario.contenders]
@@ -217,7 +232,12 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
         ("--rates", "w0=fast", "fast"),
         ("--scenario", "9+9", "9+9"),
         ("--scenario=ddp", "--contenders=auto,gloo", "compared"),
-        ("--scenario=8+8", "--workers=4", "says how many"),
+        ("--scenario=8+8", "--workers=4", "takes no --workers"),
+        ("--scenario=8+8", "--no-limit", "takes no --no-limit"),
+        ("--scenario=8+8", "--rates=r=2gbit", "takes no --rates"),
+        ("--scenario=ddp", "--ranks-per-host=2", "takes no --ranks-per-host"),
+        ("--scenario=ddp", "--sizes=1KiB", "takes no --sizes"),
+        ("--scenario=ddp", "--iterations=1", "takes no --iterations"),
     ],
 )
 def test_bad_options_are_refused_with_a_reason(option: str, value: str, said: str) -> None:
