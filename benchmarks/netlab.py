@@ -161,11 +161,14 @@ def main(
         names = contenders or ",".join(by_default.contenders if by_default else CONTENDERS)
         asked = tuple(parse_sizes(sizes or "1KiB,64KiB,1MiB,16MiB,64MiB"))
         known = _known(names, console.print)
+        running = tuple(each for each in known if shape.reducers or each.algorithm not in ("server", "mixed"))
+        if not running:
+            raise ValueError(f"nobody is left to run of --contenders {names}: server and mixed need --reducers")
         return Setting(
             name=name,
             shape=shape,
             sizes=tuple(by_default.sizes) if by_default and sizes is None else asked,
-            contenders=tuple(each for each in known if shape.reducers or each.algorithm not in ("server", "mixed")),
+            contenders=running,
             rounds=iterations,
             budget_s=budget or (by_default.budget_s if by_default else 180.0),
             threads=threads,

@@ -128,8 +128,8 @@ def foreign_share() -> float:
 
 
 def measure(setting: Setting, contenders: Sequence[Contender], progress: Progress) -> tuple[list[Samples], float]:
-    """Runs the contenders in turns, size by size, until the size's share of the budget is spent. With the samples comes
-    the largest `foreign_share` seen before and after a size.
+    """Runs the contenders in turns, size by size, until the size's share of the budget is spent or all have failed.
+    With the samples comes the largest `foreign_share` seen before and after a size.
     """
     foreign = foreign_share()
     budgets = size_budgets(setting.sizes, setting.budget_s)
@@ -147,6 +147,8 @@ def measure(setting: Setting, contenders: Sequence[Contender], progress: Progres
                     _one_turn(setting, contender, samples[contender.name], done == 0, progress)
                 elapsed = min(time.monotonic() - begin, budgets[nbytes])
                 progress.update(task, completed=spent + elapsed)
+            if all(contender.failure is not None for contender in contenders):
+                return everything, foreign
             done += 1
             if done > (setting.rounds or _ROUNDS_MIN) - 1 and (
                 setting.rounds is not None or time.monotonic() - begin >= budgets[nbytes]

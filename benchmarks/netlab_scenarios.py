@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reducer._bench.formulas import all_reduce_rate
-from reducer._bench.units import parse_rate
+from reducer._bench.units import parse_rate, parse_size
 
 KIB, MIB = 1 << 10, 1 << 20
 ALGORITHMS = ("ring", "direct", "server", "mixed", "auto")
@@ -29,12 +29,15 @@ class Competitor:
 
     def __post_init__(self) -> None:
         way, colon, transport = self.name.partition(":")
-        fine = way.partition("/")[0] in ALGORITHMS and (not colon or transport in TRANSPORTS)
+        algorithm, *sizes = way.split("/")
+        fine = algorithm in ALGORITHMS and len(sizes) <= 2 and (not colon or transport in TRANSPORTS)
         if self.name != "gloo" and not fine:
             raise ValueError(
                 f"{self.name!r} is no contender: write gloo or one of {', '.join(ALGORITHMS)}, with a chunk and a "
                 f"window (server/63KiB/2MiB) and a transport ({', '.join(TRANSPORTS)}; server:grpc) if they matter"
             )
+        for size in sizes:
+            parse_size(size)
 
     @property
     def algorithm(self) -> str:

@@ -190,6 +190,25 @@ def test_turns_are_short_and_never_empty() -> None:
     assert netlab_run.turn_seconds_max(64 << 20, 1, scenarios.Shape(8, 8)) > 10 * 8 * (64 << 20) / 1e9
 
 
+def test_a_run_ends_when_all_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        name, failure = "auto", None
+
+        def run(self, *_: Any) -> None:
+            raise cluster.NetlabError("it died")
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(netlab_run, "_FOREIGN_SECONDS", 0.0)
+    setting = netlab_run.Setting(
+        "netlab", scenarios.Shape(2, 0), (1024, 4096), (), None, 1e6, 1, "auto", None, Path("out")
+    )
+    with netlab_run.Progress(console=Console(), disable=True) as progress:
+        (measured,), _ = netlab_run.measure(setting, [Failing()], progress)
+    assert measured.nbytes == 1024 and not measured.seconds
+
+
 def test_others_at_work_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([(10.0, 100.0), (10.4, 101.0)])
     monkeypatch.setattr(netlab_run, "cpu_seconds", lambda: next(readings))
@@ -228,6 +247,9 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
         ("--rate", "fast", "fast"),
         ("--contenders", "gloo,quux", "quux"),
         ("--contenders", "server:pigeon", "pigeon"),
+        ("--contenders", "gloo,server/63KiBB", "63KiBB"),
+        ("--contenders", "gloo,server/63KiB/2MiB/1", "no contender"),
+        ("--contenders=server,mixed", "--reducers=0", "nobody is left"),
         ("--rates", "w99=1gbit", "w99"),
         ("--rates", "w0=fast", "fast"),
         ("--scenario", "9+9", "9+9"),
