@@ -197,7 +197,7 @@ def _run_speed(
             if contender.failed is not None:
                 absent[contender.name] = contender.failed
         cases: list[list[Outcome]] = []
-        title = _title(plan, team.world_size, len(started) or len(plan.servers))
+        title = _title(plan, team.world_size, reducers_used(contenders, len(started) or len(plan.servers)))
 
         def table(rows_max: int = 10_000) -> Any:
             return report.bench_table(title, plan.collective, team.world_size, cases, rows_max)
@@ -365,6 +365,13 @@ def _title(plan: Plan, ranks: int, reducers: int) -> str:
         what += f" ({plan.op})"
     where = "one machine, loopback" if plan.local else "under torchrun"
     return f"{what}, {ranks} ranks, {reducers} standalone reducers, {where}"
+
+
+def reducers_used(contenders: Sequence[Contender], count: int) -> int:
+    """The standalone reducers, if some contender's bytes go by them: `auto` on one machine is shared memory."""
+    groups = [each for each in contenders if count and each.backend == "reducer" and each.failed is None]
+    algorithms = [read_choice(each.team, each.name, ()).algorithm for each in groups]
+    return count if any("server" in text or "mixed" in text for text in algorithms) else 0
 
 
 def _console() -> Console:

@@ -23,7 +23,7 @@ from reducer._bench.processes import Child, ChildError, python_path
 from reducer._bench.report import bench_table, complaints, ratio_to
 from reducer._bench.servers import server_binary
 from reducer._bench.team import LocalTeam, TeamError, raise_errors
-from reducer.bench import all_fine
+from reducer.bench import all_fine, reducers_used
 from reducer.cli import app
 
 CPU = torch.device("cpu")
@@ -214,6 +214,24 @@ def test_a_run_in_which_a_contender_breaks_is_not_fine() -> None:
     assert not all_fine([[good, broken], [good]]) and not all_fine([[]])
 
 
+class ChoosingTeam(FakeTeam):
+    """Says which algorithm a contender's group has."""
+
+    def call(self, command: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        algorithms = {"reducer auto": "local", "reducer direct": "direct", "reducer mixed": "0-1MiB:direct,1MiB-:mixed"}
+        return [{"algorithm": algorithms[command["group"]], "ways": []}]
+
+
+def test_reducers_that_nobody_uses_are_not_counted() -> None:
+    names = ("reducer auto", "reducer direct", "reducer mixed")
+    contenders = [Contender(name, "reducer", ChoosingTeam()) for name in names]
+    gloo = Contender("gloo", "gloo", FakeTeam())
+    assert reducers_used([gloo, *contenders], 2) == 2
+    assert reducers_used([gloo, *contenders[:2]], 2) == 0 and reducers_used(contenders, 0) == 0
+    contenders[2].failed = "no"
+    assert reducers_used(contenders, 2) == 0
+
+
 def test_memory_bounds_follow_the_window() -> None:
     window = 2 << 20
     counters = {"window_bytes": window}
@@ -350,7 +368,7 @@ def test_every_algorithm_beside_gloo(tmp_path: Path) -> None:
     done = run_bench(*algorithms, *sizes, "--dtype", "bfloat16", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(path.read_text())
-    assert data["absent"] == {} and len(data["results"]) == 2 * 6
+    assert data["absent"] == {} and len(data["results"]) == 2 * 6 and "2 standalone reducers" in data["title"]
     assert all(row["correct"] and row["speed_over_gloo"] > 0 for row in data["results"])
 
 
