@@ -268,7 +268,8 @@ def _run_memory(
                 contenders = _contenders(plan, team, addresses)
                 contender = next(other for other in contenders if other.name == name)
                 contender.open(plan.timeout_s)
-                findings.append(run_memory(contender, nbytes, pids, plan.timeout_s))
+                servers = len(pids) or len(plan.servers)
+                findings.append(run_memory(contender, nbytes, servers, pids, plan.timeout_s))
     if not findings:
         return True
     console.print(memory_table(nbytes, findings))

@@ -38,17 +38,22 @@ class Finding:
         What a worker pushes lies in the tensor and takes no memory of its own. An owner holds each
         worker's window of contributions, and as much again in results that wait to be sent.
         """
-        window = self.counters.get("window_bytes")
+        window = self._window
         if window is None:
             return None
         return round(window * (1 + 2 * self.world_size * self._shares[0]))
 
     @property
     def reducer_bound(self) -> int | None:
-        window = self.counters.get("window_bytes")
+        window = self._window
         if window is None or not self.reducer_extra or not self._shares[1]:
             return None
         return round(window * 2 * self.world_size * self._shares[1])
+
+    @property
+    def _window(self) -> int | None:
+        """Bytes; None where none bounds the memory: of another backend, and of shared memory."""
+        return None if self.contender.endswith(" local") else self.counters.get("window_bytes")
 
     @property
     def _shares(self) -> tuple[float, float]:
@@ -70,9 +75,11 @@ class Finding:
         }
 
 
-def run_memory(contender: Contender, nbytes: int, reducer_pids: Sequence[int], timeout_s: float) -> Finding:
-    """One all-reduce of `nbytes` by an opened contender."""
-    finding = Finding(contender.name, contender.team.world_size, len(reducer_pids), error=contender.failed)
+def run_memory(
+    contender: Contender, nbytes: int, reducers: int, reducer_pids: Sequence[int], timeout_s: float
+) -> Finding:
+    """One all-reduce of `nbytes` by an opened contender; `reducer_pids` are those of the `reducers` that run here."""
+    finding = Finding(contender.name, contender.team.world_size, reducers, error=contender.failed)
     if contender.failed is not None:
         return finding
     warm_up = {"do": "memory", "group": contender.name, "nbytes": 16 << 20}

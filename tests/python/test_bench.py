@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from reducer._bench import formulas, patterns, statistics, units
 from reducer._bench.cases import Case, CaseKey
 from reducer._bench.contest import Budget, Contender, Outcome, run_case
-from reducer._bench.memory_mode import Finding
+from reducer._bench.memory_mode import Finding, run_memory
 from reducer._bench.processes import Child, ChildError, python_path
 from reducer._bench.report import bench_table, complaints, ratio_to
 from reducer._bench.servers import server_binary
@@ -240,6 +240,17 @@ def test_memory_bounds_follow_the_window() -> None:
     server = Finding("reducer server", 4, 2, reducer_extra=[1, 2], counters=counters)
     assert server.worker_bound == window and server.reducer_bound == 4 * window
     assert Finding("gloo", 4, 2, reducer_extra=[1, 2]).reducer_bound is None
+    local = Finding("reducer local", 4, 2, reducer_extra=[1, 2], counters=counters)
+    assert local.worker_bound is None and local.reducer_bound is None
+
+
+def test_memory_counts_reducers_that_run_elsewhere() -> None:
+    class Measured(FakeTeam):
+        def call(self, command: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+            return [{"extra_bytes": 1, "wrong": 0, "counters": {"window_bytes": 1 << 20}}] * self.world_size
+
+    finding = run_memory(Contender("reducer server", "reducer", Measured()), 4096, 2, [], 1.0)
+    assert finding.ok and finding.worker_bound == 1 << 20 and finding.reducer_bound is None
 
 
 def test_errors_name_the_ranks_that_have_them() -> None:
