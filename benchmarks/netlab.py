@@ -182,7 +182,8 @@ def main(
 
         def run_and_judge() -> tuple[bool, list[Verdict]]:
             result = run(asked, console)
-            return result.ok, judge(by_default.name, by_default.goals, result.rows) if by_default else []
+            found = judge(by_default.name, by_default.goals, result.rows, result.failures) if by_default else []
+            return result.ok, found
 
         return run_and_judge
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from netlab_report import Row
@@ -22,23 +22,28 @@ _MEASURES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and the figure at each size where it could be measured. One miss misses it; no figure is no verdict."""
+    """A goal and the figure at each size where it could be measured. One miss misses it, and so does a contender that
+    failed, whatever it reached before; no figure is no verdict.
+    """
 
     scenario: str
     goal: Goal
     figures: dict[int, float]
+    failed: bool = False
 
     @property
     def met(self) -> bool | None:
         """None: not measured."""
+        if self.failed:
+            return False
         if not self.figures:
             return None
         return all(figure >= self.goal.at_least for figure in self.figures.values())
 
 
-def judge(scenario: str, goals: Sequence[Goal], rows: Sequence[Row]) -> list[Verdict]:
-    """A verdict for each goal. Wrong results reach nothing: their figure is 0."""
-    return [Verdict(scenario, goal, _figures(goal, rows)) for goal in goals]
+def judge(scenario: str, goals: Sequence[Goal], rows: Sequence[Row], failed: Collection[str]) -> list[Verdict]:
+    """A verdict for each goal; `failed` are contenders. Wrong results reach nothing: their figure is 0."""
+    return [Verdict(scenario, goal, _figures(goal, rows), goal.contender in failed) for goal in goals]
 
 
 def _figures(goal: Goal, rows: Sequence[Row]) -> dict[int, float]:

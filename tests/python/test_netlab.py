@@ -105,10 +105,13 @@ def test_goals_are_judged_by_every_size_and_wrong_results_reach_none() -> None:
     ]  # fmt: skip
     rows = netlab_report.make_rows(measured, scenarios.Shape(8, 8), EFFICIENCY)
 
-    def verdict(*goal: Any, of: Any = rows) -> Any:
-        return netlab_goals.judge("here", [scenarios.Goal(*goal)], of)[0]
+    def verdict(*goal: Any, of: Any = rows, failed: Any = ()) -> Any:
+        return netlab_goals.judge("here", [scenarios.Goal(*goal)], of, failed)[0]
 
     assert verdict("server", "gloo", 2.0).met is True
+    assert verdict("server", "gloo", 2.0, failed=["server"]).met is False
+    assert verdict("server", "gloo", 2.0, failed=["auto"]).met is True
+    assert verdict("mixed", "gloo", 2.0, failed=["mixed"]).met is False
     assert verdict("server", "gloo", 2.1).met is False
     assert verdict("auto", "best", scenarios.RIGHT_CHOICE, 0, MIB).met is True
     missed = verdict("auto", "best", scenarios.RIGHT_CHOICE)
