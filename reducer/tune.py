@@ -19,6 +19,7 @@ from reducer import _core, tuning
 from reducer._bench import report, units
 from reducer._bench.contest import CONTENDER_ERRORS, Budget, Contender, Outcome, run_case
 from reducer._bench.explain import way_name
+from reducer._bench.processes import ChildError
 from reducer._bench.start import ReducersOption, started_reducers, started_team, under_torchrun
 from reducer._bench.team import Team
 from reducer.errors import InvalidArgumentError
@@ -115,14 +116,17 @@ def _tune(
         for nbytes in sizes:
             case = {"collective": "all_reduce", "dtype": "float32", "op": "sum", "nbytes": nbytes}
             cases.append(run_case(contenders, case, budget))
+            _check_alive(contenders)
             live.update(report.bench_table(title, "all_reduce", team.world_size, cases, max(4, console.height - 8)))
     console.print(report.bench_table(title, "all_reduce", team.world_size, cases))
     for complaint in report.complaints(cases):
         console.print(f"[yellow]note:[/] {escape(complaint)}", highlight=False)
+    by_name = {way_name(*way): way for way in ways}
+    shape = (team.world_size, hosts, count)
     samples = [
-        tuning.Sample(*way, team.world_size, hosts, count, outcome.nbytes, max(1, round(outcome.median_s * 1e9)))
+        tuning.Sample(*by_name[outcome.contender], *shape, outcome.nbytes, max(1, round(outcome.median_s * 1e9)))
         for case in cases
-        for way, outcome in zip(ways, case, strict=True)
+        for outcome in case
         if outcome.ok
     ]
     if not samples:
@@ -137,6 +141,13 @@ def _tune(
     tuning.write_table(output, samples, about)
     console.print(picked_table(picked))
     console.print(f"written: {output}; use it with REDUCER_TUNING={output}", highlight=False)
+
+
+def _check_alive(contenders: Sequence[Contender]) -> None:
+    """ChildError if a rank was lost: all ways need it."""
+    for contender in contenders:
+        if contender.failed is not None:
+            raise ChildError(contender.failed)
 
 
 def tuning_servers(text: str) -> list[str]:

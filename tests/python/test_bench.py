@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from reducer._bench import formulas, patterns, statistics, units
@@ -369,6 +370,21 @@ def fixture_native() -> None:
         server_binary()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("_native")
+def test_tune_ends_with_why_a_rank_was_lost(tmp_path: Path) -> None:
+    from reducer import tune
+
+    class Dying(FakeTeam):
+        def call(self, command: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+            if command["do"] == "measure":
+                raise ChildError("rank 1 ended")
+            return [{"place": "here"}] * self.world_size
+
+    ways = [("direct", 0, 0), ("direct", 65536, 0)]
+    with pytest.raises(ChildError, match="rank 1 ended"):
+        tune._tune(Console(), Dying(), "", ways, (4, 1024), Budget(0.01), 1.0, tmp_path / "table.json")
 
 
 @pytest.mark.usefixtures("_native")
