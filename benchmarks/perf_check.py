@@ -34,6 +34,7 @@ ATTEMPTS = 3
 EXIT_LOST = 1
 EXIT_NO_BASELINE = 2
 _COMMAND_SECONDS_MAX = 400
+_END_SECONDS_MAX = 30
 _MIB = 1 << 20
 
 
@@ -180,17 +181,27 @@ def machine_facts() -> dict[str, Any]:
 
 def _figures_of(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> Any:
     """What the command wrote into `output`, though something in it failed. PerfError if it wrote nothing."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
-        text=True,
-        timeout=_COMMAND_SECONDS_MAX,
-        check=False,
-    )
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    with subprocess.Popen(
+        [sys.executable, *command], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            said, complained = process.communicate(timeout=_COMMAND_SECONDS_MAX)
+        except BaseException:
+            _end(process)
+            raise
     if not output.exists():
-        raise PerfError(f"`{' '.join(command)}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise PerfError(f"`{' '.join(command)}` failed:\n{said[-2000:]}{complained[-2000:]}")
     return json.loads(output.read_text())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Lets netlab remove its namespaces, which takes it seconds."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_END_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def bench_source(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Source:

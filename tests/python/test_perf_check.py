@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,23 @@ def test_what_cannot_run_is_said_and_not_judged() -> None:
 def test_a_row_without_baseline_is_new() -> None:
     (finding,) = perf.compare([source({"row, a": 2.0})], {})
     assert not finding.lost and "new" in table_of([finding])
+
+
+def test_a_command_that_takes_too_long_may_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import pathlib, signal, time\n"
+        "def end(*_):\n"
+        "    time.sleep(0.5)\n"
+        f"    pathlib.Path({str(tmp_path / 'clean')!r}).touch()\n"
+        "    raise SystemExit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(perf, "_COMMAND_SECONDS_MAX", 3)
+    with pytest.raises(subprocess.TimeoutExpired):
+        perf._figures_of([str(script)], tmp_path / "none.json", {})
+    assert (tmp_path / "clean").exists()
 
 
 def test_a_baseline_is_the_median_of_three_and_lacks_nothing(tmp_path: Path) -> None:
