@@ -5,7 +5,8 @@ A command is a JSON object {"do": NAME, ...}, and so is its answer; an error is 
 
     python -m reducer._bench.rank --control FD
 
-it reads commands line by line from an inherited socket and ends when that closes.
+it reads commands line by line from an inherited socket and ends when that closes; each has a
+"number", and its answer has the same.
 """
 
 from __future__ import annotations
@@ -242,7 +243,9 @@ def main() -> None:
     rank = Rank()
     with socket.socket(fileno=arguments.control) as control, control.makefile("rwb") as lines:
         for line in lines:
-            lines.write(json.dumps(rank.handle(json.loads(line))).encode() + b"\n")
+            command = json.loads(line)
+            number = command.pop("number")
+            lines.write(json.dumps({**rank.handle(command), "number": number}).encode() + b"\n")
             lines.flush()
     # The parent is gone or has had what it wanted: a group that hangs must not keep the process.
     os._exit(0)

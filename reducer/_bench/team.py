@@ -81,6 +81,7 @@ class LocalTeam:
         self._children: list[Child] = []
         self._sockets: list[socket.socket] = []
         self._unread = [b""] * world_size
+        self._number = 0
         variables = {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": python_path(),
@@ -113,20 +114,14 @@ class LocalTeam:
     def meet(self, host: str, timeout_s: float) -> None:
         """Gives the ranks a store at rank 0, which the others reach at `host`."""
         first = {"do": "host_store", "host": host, "world_size": self.world_size}
-        self._send(0, first)
-        [reply] = self._collect([0], timeout_s)
+        [reply] = self._ask({0: first}, timeout_s)
         raise_errors([reply])
-        others = list(range(1, self.world_size))
-        for rank in others:
-            join = {"do": "join_store", "host": host, "port": reply["port"], "rank": rank}
-            self._send(rank, {**join, "world_size": self.world_size})
-        raise_errors([reply, *self._collect(others, timeout_s)])
+        join = {"do": "join_store", "host": host, "port": reply["port"], "world_size": self.world_size}
+        others = {rank: {**join, "rank": rank} for rank in range(1, self.world_size)}
+        raise_errors([reply, *self._ask(others, timeout_s)])
 
     def call(self, command: Message, timeout_s: float) -> list[Message]:
-        everybody = list(range(self.world_size))
-        for rank in everybody:
-            self._send(rank, command)
-        replies = self._collect(everybody, timeout_s)
+        replies = self._ask(dict.fromkeys(range(self.world_size), command), timeout_s)
         raise_errors(replies)
         return replies
 
@@ -135,6 +130,13 @@ class LocalTeam:
             control.close()
         stop_all(self._children)
         self._sockets, self._children = [], []
+
+    def _ask(self, commands: Mapping[int, Message], timeout_s: float) -> list[Message]:
+        """The answers to commands by rank, in their order. Answers to commands before, that come late, are skipped."""
+        self._number += 1
+        for rank, command in commands.items():
+            self._send(rank, {**command, "number": self._number})
+        return self._collect(list(commands), timeout_s)
 
     def _send(self, rank: int, command: Message) -> None:
         if not self._sockets:
@@ -145,16 +147,16 @@ class LocalTeam:
             raise self._children[rank].fail("ended") from None
 
     def _collect(self, ranks: Sequence[int], timeout_s: float) -> list[Message]:
-        """One line from each of the ranks, in their order. A lost rank ends the wait at once."""
+        """One answer from each of the ranks, in their order. A lost rank ends the wait at once."""
         deadline = time.monotonic() + timeout_s
-        lines: dict[int, bytes] = {}
+        replies: dict[int, Message] = {}
         with selectors.DefaultSelector() as selector:
             for rank in ranks:
                 selector.register(self._sockets[rank], selectors.EVENT_READ, rank)
-            while len(lines) < len(ranks):
+            while len(replies) < len(ranks):
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    silent = next(rank for rank in ranks if rank not in lines)
+                    silent = next(rank for rank in ranks if rank not in replies)
                     raise self._children[silent].fail(f"did not answer within {timeout_s:.0f} s")
                 for key, _ in ready:
                     rank = key.data
@@ -164,11 +166,12 @@ class LocalTeam:
                         piece = b""  # It ended with a command unread.
                     if not piece:
                         raise self._children[rank].fail("ended")
-                    self._unread[rank] += piece
-                    if b"\n" in piece:
-                        lines[rank], self._unread[rank] = self._unread[rank].split(b"\n", 1)
-                        selector.unregister(self._sockets[rank])
-        return [json.loads(lines[rank]) for rank in ranks]
+                    *lines, self._unread[rank] = (self._unread[rank] + piece).split(b"\n")
+                    for reply in map(json.loads, lines):
+                        if reply.pop("number") == self._number:
+                            replies[rank] = reply
+                            selector.unregister(self._sockets[rank])
+        return [replies[rank] for rank in ranks]
 
 
 class JoinedTeam:

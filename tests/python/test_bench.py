@@ -288,6 +288,16 @@ def test_a_lost_rank_is_named_at_once() -> None:
         team.close()
 
 
+def test_a_late_answer_is_not_the_next_commands() -> None:
+    team = LocalTeam("gloo", 1)
+    try:
+        with pytest.raises(ChildError, match="did not answer within 0 s"):
+            team.call({"do": "nothing"}, 0.0)
+        assert team.call({"do": "close"}, 60.0) == [{}]
+    finally:
+        team.close()
+
+
 def test_every_collective_is_checked_on_real_ranks() -> None:
     team = LocalTeam("gloo", 3, environment={"GLOO_SOCKET_IFNAME": "lo"})
     try:
