@@ -169,8 +169,8 @@ def recall(ground: Ground) -> list[Sample]:
     for known, samples in _measured.items():
         if ground.within(known):
             return samples
-    path = _cache_file(ground)
     try:
+        path = _cache_file(ground)
         cached = json.loads(path.read_text())
         if cached["format"] != _CACHE_FORMAT or cached["ground"] != json.loads(json.dumps(ground)):
             log.info("what %s says was measured elsewhere or by another version; it is ignored", path)
@@ -181,6 +181,9 @@ def recall(ground: Ground) -> list[Sample]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("the measurements in %s cannot be read and are ignored: %s", path, error)
         return []
+    except RuntimeError as error:  # there is no home
+        log.info("no measurements of other runs are known: %s", error)
+        return []
     _measured[ground] = samples
     return samples
 
@@ -188,14 +191,14 @@ def recall(ground: Ground) -> list[Sample]:
 def remember(ground: Ground, samples: Sequence[Sample]) -> None:
     """Keeps measurements for this process, and in the cache for later ones if that can be written."""
     _measured[ground] = list(samples)
-    path = _cache_file(ground)
     content = {"format": _CACHE_FORMAT, "ground": ground, "samples": samples}
     try:
+        path = _cache_file(ground)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(content))
         _prune(path.parent)
-    except OSError as error:
-        log.info("measurements are not kept for later runs: %s cannot be written (%s)", path, error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        log.info("measurements are not kept for later runs: %s", error)
 
 
 def _prune(folder: Path) -> None:

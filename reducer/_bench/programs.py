@@ -93,14 +93,19 @@ def _build() -> Path:
     """The compiled program, of this version of its source, in the user's own folder for such things."""
     if shutil.which("mpicc") is None or shutil.which("mpirun") is None:
         raise TeamError("no mpicc and mpirun here (on Debian: apt-get install libopenmpi-dev openmpi-bin)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reducer"
-    cache.mkdir(parents=True, exist_ok=True)
-    program = cache / f"mpi_allreduce-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}"
-    if not program.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / "program"
-            _run(["mpicc", "-O3", "-march=native", str(_SOURCE), "-o", str(made)], 120.0)
-            made.replace(program)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reducer"
+        cache.mkdir(parents=True, exist_ok=True)
+        program = cache / f"mpi_allreduce-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}"
+        if not program.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder) / "program"
+                _run(["mpicc", "-O3", "-march=native", str(_SOURCE), "-o", str(made)], 120.0)
+                made.replace(program)
+    except TeamError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise TeamError(f"no folder for its compiled program: {error}") from None
     return program
 
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from reducer._bench import formulas, patterns, statistics, units
+from reducer._bench import formulas, patterns, programs, statistics, units
 from reducer._bench.cases import Case, CaseKey
 from reducer._bench.contest import Budget, Contender, Outcome, run_case
 from reducer._bench.memory_mode import Finding, run_memory
@@ -469,6 +469,17 @@ def test_programs_beside_the_backends(tmp_path: Path) -> None:
         assert "openmpi does not take part: no mpicc" in done.stdout
     assert [row["contender"] for row in rows] == expected * 2
     assert all(row["correct"] for row in rows)
+
+
+def test_without_a_folder_for_its_program_openmpi_does_not_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    contender = Contender("openmpi", "openmpi", programs.openmpi(2, "auto"))
+    contender.open(1.0)
+    assert contender.failed is not None and contender.failed.startswith("no folder for its compiled program")
 
 
 def test_programs_measure_times_of_one_machine_only() -> None:

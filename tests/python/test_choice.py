@@ -162,6 +162,18 @@ def test_nothing_is_measured_on_one_host_or_if_told_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_home_measurements_live_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(tuning, "_measured", {})
+    ground = tuning.Ground(("here",), (), "{}")
+    assert tuning.recall(ground) == []
+    tuning.remember(ground, SMALL_DIRECT)
+    assert tuning.recall(ground) == SMALL_DIRECT
+
+
 # ---------------------------------------------------------------- tables
 
 
