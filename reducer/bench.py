@@ -16,7 +16,6 @@ busbw, and the factors between them):
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -150,8 +149,7 @@ def bench_command(
         tensor_bytes = units.parse_size(memory_size)
         if memory and png_file is not None:
             raise ValueError("--memory gives one figure for each contender and draws no --png: leave one of them out")
-        if png_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--png needs matplotlib: pip install matplotlib")
+        report.check_can_draw(png_file)
         if explain:
             _check_explain(plan, memory)
         _check_servers(plan, reducers)

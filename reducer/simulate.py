@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from reducer._bench.report import write_json
+from reducer._bench.report import check_can_draw, write_json
 from reducer._bench.units import parse_rate, parse_sizes
 from reducer._simulate.model import Job, Network, Row, jobs_of, parse_duration, simulate
 from reducer._simulate.report import describe, draw, simulation_table
@@ -82,6 +82,7 @@ def simulate_command(
         )
         if shared_cores and not cores:
             raise ValueError("--shared-cores needs --cores: the number of cores that all hosts have together")
+        check_can_draw(png_file)
         sizes = parse_sizes(size)
         jobs = jobs_of(_numbers(workers), reducers, _algorithms(algorithm), _setting(chunk), _setting(window))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,12 @@ def as_json(outcome: Outcome, factor: float, ratio: float | None) -> dict[str, A
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "results": list(rows)}, indent=2) + "\n")
+
+
+def check_can_draw(png_file: Path | None) -> None:
+    """ValueError if a picture is asked for and matplotlib is not there: before a run, not after it."""
+    if png_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--png needs matplotlib: pip install matplotlib")
 
 
 def write_bench_png(path: Path, title: str, collective: str, n: int, cases: Sequence[Sequence[Outcome]]) -> None:

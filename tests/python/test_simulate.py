@@ -79,6 +79,12 @@ def test_wrong_options_end_with_2_and_say_what_is_wrong(arguments: tuple[str, ..
     assert complaint in " ".join(done.stderr.replace("│", " ").split())
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    done = CliRunner().invoke(cli.app, ["simulate", "--png", "f.png"])
+    assert done.exit_code == 2 and "matplotlib" in done.stderr
+
+
 def test_a_job_that_cannot_be_ends_with_1_and_one_line() -> None:
     done = run("--workers", "5000", "--algorithm", "direct")
     assert (done.returncode, done.stdout) == (1, "")
