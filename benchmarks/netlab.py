@@ -160,6 +160,8 @@ def main(
     def setting(name: str, shape: Shape, by_default: Scenario | None) -> Setting:
         names = contenders or ",".join(by_default.contenders if by_default else CONTENDERS)
         asked = tuple(parse_sizes(sizes or "1KiB,64KiB,1MiB,16MiB,64MiB"))
+        if min(asked) < 1:
+            raise ValueError(f"--sizes {sizes}: a tensor has at least 1 byte")
         known = _known(names, console.print)
         running = tuple(each for each in known if shape.reducers or each.algorithm not in ("server", "mixed"))
         if not running:

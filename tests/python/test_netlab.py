@@ -247,6 +247,7 @@ def run_netlab(output: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> A
     ("option", "value", "said"),
     [
         ("--sizes", "12parsecs", "12parsecs"),
+        ("--sizes", "1KiB,0", "at least 1 byte"),
         ("--rate", "fast", "fast"),
         ("--contenders", "gloo,quux", "quux"),
         ("--contenders", "server:pigeon", "pigeon"),
