@@ -281,7 +281,13 @@ Status LocalOperations::mismatch(const LocalOperation& operation) const {
   std::vector<engine::Called> called;
   for (std::uint32_t place = 0; place < team_.size(); ++place) {
     const auto words = exchange_.callOf(place, operation.number);
-    called.push_back({team_.name(place), words ? callOf(*words) : wire::Call()});
+    if (!words) {
+      return Status(Code::kMismatch,
+                    "ranks made different calls in " +
+                        engine::nameCollective(config_.name, operation.number) +
+                        ", which are not known any more: some have given up what followed");
+    }
+    called.push_back({team_.name(place), callOf(*words)});
   }
   return Status(
       Code::kMismatch,

@@ -50,6 +50,8 @@ std::byte* Exchange::stage(std::uint32_t place, std::uint64_t round) const {
 // operation since; or it was given up, which they notice when they have read.
 void Exchange::show(std::uint32_t number, const CallWords& call, const Job& job) {
   Record& own = record(team_.place(), number);
+  // Behind the gate's number: who reads anything from here on finds itself stale.
+  std::atomic_thread_fence(std::memory_order_release);
   own.tag.store(0, std::memory_order_relaxed);
   for (std::size_t i = 0; i < call.size(); ++i) {
     own.call[i].store(call[i], std::memory_order_relaxed);
@@ -73,7 +75,16 @@ std::optional<CallWords> Exchange::callOf(std::uint32_t place, std::uint32_t num
   for (std::size_t i = 0; i < call.size(); ++i) {
     call[i] = theirs.call[i].load(std::memory_order_relaxed);
   }
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (theirs.tag.load(std::memory_order_relaxed) != number + 1) return std::nullopt;
   return call;
+}
+
+// Only where the next operation was given up without this rank can somebody have gone on to the one
+// after it, whose records and slots are these.
+bool Exchange::stale(std::uint32_t number) const {
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return static_cast<std::int32_t>(team_.gate().number() - number) > 1;
 }
 
 Status Exchange::endedWith(std::uint32_t number) const {
@@ -110,23 +121,22 @@ Status Exchange::run(std::uint32_t number, const CallWords& call, Job& job, Watc
   if (Status status = meet(number, watch); !status.ok()) return status;
 
   bool fits = true;
+  bool equal = true;
   for (std::uint32_t place = 0; place < n; ++place) {
     const Record& theirs = record(place, number);
     fits &= theirs.fits.load(std::memory_order_relaxed) != 0;
     for (std::size_t i = 0; i < call.size(); ++i) {
-      if (theirs.call[i].load(std::memory_order_relaxed) != call[i]) {
-        return Status(Code::kMismatch, "");
-      }
+      equal &= theirs.call[i].load(std::memory_order_relaxed) == call[i];
     }
   }
   const Views slots = slots_[number % 2];
-  if (!job.agrees(slots)) return Status(Code::kMismatch, "");
+  equal = equal && job.agrees(slots);
+  // Before anything is made of what was read, and again behind the last that is.
+  if (stale(number)) return endedWith(number + 1);
+  if (!equal) return Status(Code::kMismatch, "");
   if (!fits) return runRounds(number, job, watch);
   job.collect(slots);
-  // Only where the next operation was given up without this rank can somebody have gone on to the
-  // one after it, whose slots these are.
-  if (static_cast<std::int32_t>(team_.gate().number() - number) > 1) return endedWith(number + 1);
-  return {};
+  return stale(number) ? endedWith(number + 1) : Status();
 }
 
 Status Exchange::round(std::uint32_t number, std::uint32_t arrivals, Watch& watch) {

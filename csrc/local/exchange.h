@@ -55,6 +55,8 @@ class Exchange {
   std::byte* slot(std::uint32_t place, std::uint32_t number) const;
   std::byte* stage(std::uint32_t place, std::uint64_t round) const;
 
+  /// What was read in operation `number` may be of a later one.
+  bool stale(std::uint32_t number) const;
   void show(std::uint32_t number, const CallWords& call, const Job& job);
   Status meet(std::uint32_t number, Watch& watch);
   Status round(std::uint32_t number, std::uint32_t arrivals, Watch& watch);

@@ -214,7 +214,7 @@ void SpreadJob::use(std::uint64_t round, Views stages, std::byte* /*own*/) {
 // ------------------------------------------------------------------ scatter, all-to-all
 
 DealJob::DealJob(Seat seat, std::vector<Part> ins, std::vector<Room> outs)
-    : seat_(seat), ins_(std::move(ins)), outs_(std::move(outs)) {}
+    : seat_(seat), ins_(std::move(ins)), outs_(std::move(outs)), begins_(seat.size) {}
 
 std::size_t DealJob::published() const {
   std::size_t nbytes = prefix();
@@ -241,10 +241,12 @@ void DealJob::publish(std::byte* slot) const {
 bool DealJob::agrees(Views slots) {
   // All pairs, not only this rank's: all ranks must come to the same conclusion.
   for (std::uint32_t from = 0; from < seat_.size; ++from) {
+    begins_[from] = prefix();
     for (std::uint32_t to = 0; to < seat_.size; ++to) {
       const std::uint64_t meant = numberAt(slots[from], 2 * std::size_t{to});
       if (meant != numberAt(slots[to], 2 * std::size_t{from} + 1)) return false;
       longest_ = std::max<std::size_t>(longest_, meant);
+      if (to < seat_.place) begins_[from] += meant;
     }
   }
   return true;
@@ -259,11 +261,7 @@ void DealJob::collect(Views slots) {
   copyOwn();
   for (std::uint32_t p = 0; p < seat_.size; ++p) {
     if (p == seat_.place) continue;
-    std::size_t begin = prefix();
-    for (std::uint32_t to = 0; to < seat_.place; ++to) {
-      begin += numberAt(slots[p], 2 * std::size_t{to});
-    }
-    copyBytes(outs_[p].data, slots[p] + begin, outs_[p].nbytes);
+    copyBytes(outs_[p].data, slots[p] + begins_[p], outs_[p].nbytes);
   }
 }
 

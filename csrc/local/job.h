@@ -31,7 +31,8 @@ class Job {
   virtual std::size_t prefix() const { return 0; }
   virtual void publishPrefix(std::byte* /*slot*/) const {}
   /// False: the ranks' calls do not fit together. Sees what all have published, at least the
-  /// prefix. Nothing has been written yet.
+  /// prefix. Nothing has been written yet. What it sees may be rubbish, which is found out before
+  /// collect(); so what decides where collect() reads is kept here.
   virtual bool agrees(Views /*slots*/) { return true; }
   virtual void collect(Views slots) = 0;
 
@@ -164,7 +165,8 @@ class DealJob final : public Job {
   const Seat seat_;
   const std::vector<Part> ins_;
   const std::vector<Room> outs_;
-  std::size_t longest_ = 0;  // part of any two places
+  std::vector<std::size_t> begins_;  // of this place's part in each slot, by place
+  std::size_t longest_ = 0;          // part of any two places
   std::size_t piece_ = 0;
 };
 

@@ -212,6 +212,68 @@ TEST(Exchange, ALateRankIsToldAndTheNextWorks) {
   });
 }
 
+/// A deal whose rank is late between two steps.
+class LateDeal final : public Job {
+ public:
+  enum class When { kAgrees, kCollect };
+  LateDeal(DealJob& deal, When when, std::function<void()> wait)
+      : deal_(deal), when_(when), wait_(std::move(wait)) {}
+  std::size_t published() const override { return deal_.published(); }
+  void publish(std::byte* slot) const override { deal_.publish(slot); }
+  std::size_t prefix() const override { return deal_.prefix(); }
+  void publishPrefix(std::byte* slot) const override { deal_.publishPrefix(slot); }
+  bool agrees(Views slots) override {
+    if (when_ == When::kAgrees) wait_();
+    return deal_.agrees(slots);
+  }
+  void collect(Views slots) override {
+    if (when_ == When::kCollect) wait_();
+    deal_.collect(slots);
+  }
+  std::uint64_t rounds(std::size_t stage_bytes) override { return deal_.rounds(stage_bytes); }
+  void fill(std::uint64_t round, std::byte* stage) override { deal_.fill(round, stage); }
+  void use(std::uint64_t round, Views stages, std::byte* own) override {
+    deal_.use(round, stages, own);
+  }
+
+ private:
+  DealJob& deal_;
+  const When when_;
+  const std::function<void()> wait_;
+};
+
+TEST(Exchange, ASlotThatIsUsedAgainIsNeverTakenForTheOldOne) {
+  for (const auto when : {LateDeal::When::kAgrees, LateDeal::When::kCollect}) {
+    const std::string name = uniqueName();
+    asThreads(2, [&](std::uint32_t r) {
+      Member member(name, 2, r, 0);
+      Buffer in(8), out(16);
+      const std::vector<Part> ins(2, {in.data(), in.size()});
+      const std::vector<Room> outs = {{out.data(), 8}, {out.data() + 8, 8}};
+      DealJob deal(member.seat(), ins, outs);
+      if (r == 0) {  // does the first, gives the second up, and shows sizes beyond all memory
+        ASSERT_TRUE(member.run(deal).ok());
+        DealJob second(member.seat(), ins, outs);
+        ASSERT_EQ(member.run(second, {}, 30ms).code(), Code::kTimeout);
+        const std::vector<Part> huge(2, {in.data(), std::size_t{1} << 40});
+        DealJob third(member.seat(), huge, outs);
+        EXPECT_EQ(member.run(third).code(), Code::kMismatch);
+        return;
+      }
+      LateDeal late(deal, when, [&] {
+        while (!member.exchange.callOf(0, 2)) std::this_thread::sleep_for(1ms);
+      });
+      for (int i = 0; i < 2; ++i) {  // and finds the second given up
+        const Status status = i == 0 ? member.run(late) : member.run(deal);
+        EXPECT_EQ(status.code(), Code::kTimeout);
+        EXPECT_EQ(status.message(), "the test's patience is over");
+      }
+      DealJob third(member.seat(), ins, outs);
+      EXPECT_EQ(member.run(third).code(), Code::kMismatch);
+    });
+  }
+}
+
 /// Runs operations of many rounds for ever, as process `r` of n; the end's status by its code.
 int sumForEver(const std::string& name, std::uint32_t n, std::uint32_t r, int kind) {
   Member member(name, n, r, 64 * n);
