@@ -100,7 +100,7 @@ Status Exchange::meet(std::uint32_t number, Watch& watch) {
   Gate::Turn turn = team_.arrive(number);
   if (turn == Gate::Turn::kWaiting) {
     if (Status status = team_.gate().wait(number, team_.waiter(), watch); !status.ok()) {
-      team_.giveUp(number, status);
+      team_.giveUpMeeting(number, status);
     }
     turn = team_.gate().turnOf(number);
   }

@@ -92,10 +92,16 @@ void Team::giveUp(std::uint32_t number, const Status& why) {
   }
   tell(number, why);
   if (gate().giveUp(number)) return;
-  if (gate().number() != number + 1) return;  // nobody can be in it any more
+  // Else nobody can be in it any more, or nobody ever was.
+  if (gate().number() != number + 1 || gate().turnOf(number) != Gate::Turn::kComplete) return;
   head_->given_up.store(number + 1);
   gate().stir();
   rounds().stir();
+}
+
+void Team::giveUpMeeting(std::uint32_t number, const Status& why) {
+  tell(number, why);
+  gate().giveUp(number);
 }
 
 Status Team::givenUp(std::uint32_t number) const {

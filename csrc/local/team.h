@@ -72,6 +72,8 @@ class Team {
   /// Ends an operation for all ranks that are not through with it: they get `why`. Whether one is
   /// through is decided at the gate or, behind it, at its own next wait.
   void giveUp(std::uint32_t number, const Status& why);
+  /// The same, but of one that the gate has completed it ends nothing.
+  void giveUpMeeting(std::uint32_t number, const Status& why);
   /// Ok: nobody has given up operation `number`, as far as this rank still knows.
   Status givenUp(std::uint32_t number) const;
   /// True if an operation behind the gate was given up: then givenUp() says why.

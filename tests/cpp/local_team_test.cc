@@ -211,6 +211,21 @@ TEST(Gate, GivingUpAndArrivingLastNeverDisagree) {
   EXPECT_EQ(complete[0], complete[2]);
 }
 
+TEST(Gate, GivingUpBreaksOnlyWhatIsBehindTheGate) {
+  Team team(teamConfig(uniqueName(), 1, 0));
+  ASSERT_TRUE(attachNow(team));
+  const Status why(Code::kTimeout, "too late");
+  ASSERT_EQ(team.arrive(0), Gate::Turn::kComplete);
+  team.giveUpMeeting(0, why);  // a timeout that raced with the last arrival
+  EXPECT_FALSE(team.broken(0));
+  team.giveUp(0, why);
+  EXPECT_TRUE(team.broken(0));
+  team.giveUp(1, why);
+  team.giveUp(1, why);  // nobody is in it: those who are still in the one before learn of that
+  EXPECT_TRUE(team.broken(0));
+  EXPECT_FALSE(team.broken(1));
+}
+
 TEST(Gate, ARankThatWasAwayLearnsWhatWasGivenUp) {
   const std::string name = uniqueName();
   asThreads(2, [&](std::uint32_t r) {
