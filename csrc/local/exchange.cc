@@ -17,6 +17,9 @@ constexpr std::size_t kStageBytes = std::size_t{256} << 10;
 
 std::size_t lines(std::size_t nbytes) { return (nbytes + kLine - 1) / kLine * kLine; }
 
+// Wider than a number: 0 is that of none.
+std::uint64_t tagOf(std::uint32_t number) { return std::uint64_t{number} + 1; }
+
 }  // namespace
 
 Exchange::Layout Exchange::Layout::of(std::size_t ranks, std::size_t stage_bytes) {
@@ -65,18 +68,18 @@ void Exchange::show(std::uint32_t number, const CallWords& call, const Job& job)
     REDUCER_CHECK(job.prefix() <= layout_.slot_bytes);
     job.publishPrefix(memory);
   }
-  own.tag.store(number + 1, std::memory_order_release);
+  own.tag.store(tagOf(number), std::memory_order_release);
 }
 
 std::optional<CallWords> Exchange::callOf(std::uint32_t place, std::uint32_t number) const {
   const Record& theirs = record(place, number);
-  if (theirs.tag.load(std::memory_order_acquire) != number + 1) return std::nullopt;
+  if (theirs.tag.load(std::memory_order_acquire) != tagOf(number)) return std::nullopt;
   CallWords call;
   for (std::size_t i = 0; i < call.size(); ++i) {
     call[i] = theirs.call[i].load(std::memory_order_relaxed);
   }
   std::atomic_thread_fence(std::memory_order_acquire);
-  if (theirs.tag.load(std::memory_order_relaxed) != number + 1) return std::nullopt;
+  if (theirs.tag.load(std::memory_order_relaxed) != tagOf(number)) return std::nullopt;
   return call;
 }
 

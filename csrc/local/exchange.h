@@ -44,7 +44,7 @@ class Exchange {
 
  private:
   struct Record {
-    std::atomic<std::uint32_t> tag;   // number of the operation + 1
+    std::atomic<std::uint64_t> tag;   // number of the operation + 1
     std::atomic<std::uint32_t> fits;  // all that this rank contributes lies behind this record
     std::array<std::atomic<std::uint64_t>, 5> call;
   };

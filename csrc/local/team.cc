@@ -94,7 +94,7 @@ void Team::giveUp(std::uint32_t number, const Status& why) {
   if (gate().giveUp(number)) return;
   // Else nobody can be in it any more, or nobody ever was.
   if (gate().number() != number + 1 || gate().turnOf(number) != Gate::Turn::kComplete) return;
-  head_->given_up.store(number + 1);
+  head_->given_up.store(std::uint64_t{number} + 1);
   gate().stir();
   rounds().stir();
 }

@@ -78,7 +78,7 @@ class Team {
   Status givenUp(std::uint32_t number) const;
   /// True if an operation behind the gate was given up: then givenUp() says why.
   bool broken(std::uint32_t number) const {
-    return head_->given_up.load(std::memory_order_acquire) == number + 1;
+    return head_->given_up.load(std::memory_order_acquire) == std::uint64_t{number} + 1;
   }
 
   /// Says goodbye: others that wait for this rank are told. Idempotent.
@@ -112,7 +112,7 @@ class Team {
   struct alignas(4096) Head {
     Gate gate;
     Counter rounds;
-    std::atomic<std::uint32_t> given_up;  // the last operation behind the gate that was, + 1
+    std::atomic<std::uint64_t> given_up;  // the last operation behind the gate that was, + 1
   };
 
   static std::size_t segmentBytes(const Config& config);

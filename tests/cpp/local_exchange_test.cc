@@ -191,6 +191,25 @@ TEST(Exchange, PartsOfDifferentSizesAreAMismatch) {
   });
 }
 
+TEST(Exchange, NumbersWrap) {
+  const std::string name = uniqueName();
+  asThreads(2, [&](std::uint32_t r) {
+    Member member(name, 2, r, 256);
+    member.number = 0xFFFF'FFFEu;
+    if (r == 0) member.team.gate().word.store(std::uint64_t{member.number} << 32);
+    while (member.team.gate().number() == 0) std::this_thread::sleep_for(1ms);
+    for (int i = 0; i < 4; ++i) {  // each in rounds
+      std::vector<float> data(4000, 1);
+      SumJob job(member.seat(), DataType::kFloat32, ReduceOp::kSum, data.data(), data.data(), 4000);
+      const std::uint32_t number = member.number;
+      EXPECT_FALSE(member.exchange.callOf(r, number));
+      ASSERT_TRUE(member.run(job, {7}).ok()) << number;
+      EXPECT_EQ(data, std::vector<float>(4000, 2));
+      EXPECT_EQ(member.exchange.callOf(r, number)->at(0), 7u);
+    }
+  });
+}
+
 TEST(Exchange, ALateRankIsToldAndTheNextWorks) {
   const std::string name = uniqueName();
   std::atomic<bool> given_up{false};
