@@ -320,6 +320,14 @@ void Rendezvous::take(const Message& offer, OwnFd fd) {
   answer.place = config_.place;
   answer.size = config_.size;
   Status status = offer.status();
+  if (status.ok() && offer.nbytes != config_.nbytes) {
+    status =
+        Status(Code::kMismatch,
+               "the ranks of this host were set up with different REDUCER_CHUNK_BYTES: place "
+               "0 shares " +
+                   std::to_string(offer.nbytes) + " bytes, place " + std::to_string(config_.place) +
+                   " expects " + std::to_string(config_.nbytes));
+  }
   if (status.ok()) {
     auto segment =
         fd ? Segment::open(fd.get(), offer.nbytes)

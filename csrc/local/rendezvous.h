@@ -25,7 +25,7 @@ class Rendezvous {
     std::string name;         ///< of the meeting: equal on all ranks of the team, on no other
     std::uint32_t place = 0;  ///< of this rank in the team
     std::uint32_t size = 1;   ///< of the team
-    std::size_t nbytes = 0;   ///< of the segment
+    std::size_t nbytes = 0;   ///< of the segment: who expects another size refuses it
   };
 
   /// Place 0 can be found from here on. Does not wait, and takes no memory yet.

@@ -126,6 +126,20 @@ TEST(Team, ARefusalIsEverybodys) {
   }
 }
 
+TEST(Team, AreasOfDifferentSizesAreRefused) {
+  const std::string name = uniqueName();
+  asThreads(3, [&](std::uint32_t r) {
+    Team team(teamConfig(name, 3, r, r == 2 ? 131072 : 65536));
+    TestWatch watch(20s);
+    EXPECT_TRUE(team.attach(watch).ok());
+    EXPECT_FALSE(team.attached());
+    EXPECT_EQ(team.refusal().code(), Code::kMismatch);
+    EXPECT_NE(team.refusal().message().find("different REDUCER_CHUNK_BYTES: place 0 shares"),
+              std::string::npos)
+        << team.refusal().message();
+  });
+}
+
 TEST(Team, AStrangerAtTheDoorHarmsNobody) {
   const std::string name = uniqueName();
   Team first(teamConfig(name, 2, 0));
