@@ -20,6 +20,8 @@ constexpr std::uint32_t kMagic = 0x52'44'53'48;  // "RDSH"
 constexpr std::uint32_t kVersion = 1;
 // Between two attempts to find place 0, which may not have begun to listen yet.
 constexpr Duration kKnockPause = std::chrono::milliseconds(2);
+// Beside the ranks, let in or turned away at a time.
+constexpr std::uint32_t kStrangers = 16;
 
 int sliceMs(const Watch& watch, TimePoint now) {
   const Duration most = std::clamp(watch.deadline() - now, Duration::zero(), kSlice);
@@ -43,6 +45,10 @@ socklen_t addressOf(const std::string& name, sockaddr_un& address) {
 }
 
 bool wouldBlock(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
+
+Status failed(const std::string& what, int error) {
+  return Status(Code::kUnavailable, what + ": " + std::strerror(error));
+}
 
 }  // namespace
 
@@ -125,8 +131,7 @@ void Rendezvous::listen() {
   if (!socket_ || nbytes == 0 ||
       bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), nbytes) != 0 ||
       ::listen(socket_.get(), static_cast<int>(config_.size)) != 0) {
-    refusal_ = Status(Code::kUnavailable,
-                      std::string("a local socket cannot be opened: ") + std::strerror(errno));
+    refusal_ = failed("a local socket cannot be opened", errno);
     socket_.reset();
   }
 }
@@ -166,7 +171,10 @@ Status Rendezvous::host(Watch& watch) {
     std::vector<pollfd> polled{{socket_.get(), POLLIN, 0}};  // poll() passes over -1
     for (const Guest& guest : guests_) polled.push_back({guest.socket.get(), POLLIN, 0});
     slept = poll(polled.data(), polled.size(), sliceMs(watch, now)) == 0;
-    admit();
+    if (!admit()) {  // poll() goes on saying that somebody is at the door
+      std::this_thread::sleep_for(kKnockPause);
+      slept = true;
+    }
     for (Guest& guest : guests_) hear(guest);
     if (slept) tellMissing();
     std::erase_if(guests_, [](const Guest& guest) { return guest.gone && !guest.greeted; });
@@ -175,13 +183,20 @@ Status Rendezvous::host(Watch& watch) {
   return {};
 }
 
-void Rendezvous::admit() {
-  while (socket_) {
+/// False: nobody can come in for now. All are then refused, as soon as they can be told.
+bool Rendezvous::admit() {
+  // Not for ever: strangers could come faster than they are turned away.
+  for (std::uint32_t i = 0; i < config_.size + kStrangers; ++i) {
     OwnFd guest(accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!guest) return;
+    if (!guest && (wouldBlock(errno) || errno == ECONNABORTED)) return true;
+    if (!guest) {
+      if (refusal_.ok()) refusal_ = failed("a rank of this host cannot be let in", errno);
+      return false;
+    }
     if (!sameUser(guest.get())) continue;
     guests_.emplace_back().socket = std::move(guest);
   }
+  return true;
 }
 
 void Rendezvous::hear(Guest& guest) {

@@ -55,7 +55,7 @@ class Rendezvous {
   void listen();
   void makeSegment();
   Status host(Watch& watch);
-  void admit();
+  bool admit();
   void hear(Guest& guest);
   void conclude();
   void tellMissing();

@@ -126,6 +126,34 @@ TEST(Team, ARefusalIsEverybodys) {
   }
 }
 
+/// From here on this process has `more` descriptors left.
+void leaveDescriptors(rlim_t more) {
+  const int lowest = dup(0);
+  ::close(lowest);
+  rlimit limit{};
+  getrlimit(RLIMIT_NOFILE, &limit);
+  limit.rlim_cur = static_cast<rlim_t>(lowest) + more;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+TEST(Team, WhoCannotLetAnybodyInRefusesAllOnceItCan) {
+  const std::string name = uniqueName();
+  Children children(2, [&](std::uint32_t r) {
+    Team team(teamConfig(name, 2, r));
+    if (r == 0) {
+      leaveDescriptors(2);  // for the memory
+      std::this_thread::sleep_for(100ms);
+      TestWatch brief(300ms);
+      if (team.attach(brief).code() != Code::kTimeout) return false;
+      leaveDescriptors(10);
+    }
+    TestWatch watch(20s);
+    const std::string text = "a rank of this host cannot be let in: Too many open files";
+    return team.attach(watch).ok() && !team.attached() && team.refusal().message() == text;
+  });
+  for (std::uint32_t r = 0; r < 2; ++r) EXPECT_EQ(children.join(r), 0) << r;
+}
+
 TEST(Team, AreasOfDifferentSizesAreRefused) {
   const std::string name = uniqueName();
   asThreads(3, [&](std::uint32_t r) {
