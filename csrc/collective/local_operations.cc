@@ -142,8 +142,10 @@ Status LocalOperation::tooLate(TimePoint now) const {
                                       ": timeout after " + engine::seconds(now - started_) +
                                       ": all ranks are there, but one stopped on the way");
   }
+  const std::string trouble = team.attached() ? "" : team.trouble();
   return Status(Code::kTimeout,
-                engine::describeWait(operation, call.shown, now - started_, missing, here));
+                engine::describeWait(operation, call.shown, now - started_, missing, here) +
+                    (trouble.empty() ? "" : "; on this rank " + trouble));
 }
 
 /// Those who wait say soon that their calls differ, even if a rank never comes.

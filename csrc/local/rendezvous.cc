@@ -34,12 +34,15 @@ bool sameUser(int socket) {
   return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &nbytes) == 0 && peer.uid == geteuid();
 }
 
-/// The address in the abstract namespace, and its size; 0 if the name is too long.
+/// The address in the abstract namespace, and its size; 0, with errno, if the name is too long.
 socklen_t addressOf(const std::string& name, sockaddr_un& address) {
   address = {};
   address.sun_family = AF_UNIX;
   const std::string path = "reducer/" + name;
-  if (path.size() + 1 > sizeof address.sun_path) return 0;
+  if (path.size() + 1 > sizeof address.sun_path) {
+    errno = ENAMETOOLONG;
+    return 0;
+  }
   std::memcpy(address.sun_path + 1, path.data(), path.size());
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + path.size());
 }
@@ -127,7 +130,6 @@ void Rendezvous::listen() {
   socket_ = OwnFd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   sockaddr_un address;
   const socklen_t nbytes = addressOf(config_.name, address);
-  // Nobody can be told: the others find nobody, and say so when their time is over.
   if (!socket_ || nbytes == 0 ||
       bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), nbytes) != 0 ||
       ::listen(socket_.get(), static_cast<int>(config_.size)) != 0) {
@@ -165,10 +167,12 @@ Status Rendezvous::run(Watch& watch) {
 
 Status Rendezvous::host(Watch& watch) {
   bool slept = false;
+  // Nobody can be told: the others find nobody, and say so when their time is over.
+  if (!socket_) decided_ = true;
   while (!decided_) {
     const TimePoint now = Clock::now();
     if (Status status = watch.look(now, slept); !status.ok()) return status;
-    std::vector<pollfd> polled{{socket_.get(), POLLIN, 0}};  // poll() passes over -1
+    std::vector<pollfd> polled{{socket_.get(), POLLIN, 0}};
     for (const Guest& guest : guests_) polled.push_back({guest.socket.get(), POLLIN, 0});
     slept = poll(polled.data(), polled.size(), sliceMs(watch, now)) == 0;
     if (!admit()) {  // poll() goes on saying that somebody is at the door
@@ -274,15 +278,25 @@ std::vector<std::uint32_t> Rendezvous::missing() const {
   return places;
 }
 
+std::string Rendezvous::trouble() const { return refusal_.ok() ? trouble_ : refusal_.message(); }
+
 // ------------------------------------------------------------------ the others
 
 bool Rendezvous::knock() {
+  trouble_.clear();
   OwnFd door(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   sockaddr_un address;
-  const socklen_t nbytes = addressOf(config_.name, address);
-  if (!door || nbytes == 0 ||
-      connect(door.get(), reinterpret_cast<const sockaddr*>(&address), nbytes) != 0 ||
-      !sameUser(door.get())) {
+  const socklen_t nbytes = door ? addressOf(config_.name, address) : 0;
+  if (nbytes == 0 ||
+      connect(door.get(), reinterpret_cast<const sockaddr*>(&address), nbytes) != 0) {
+    // That place 0 is not there yet, or busy, is no more than waiting says.
+    if (!wouldBlock(errno) && errno != ECONNREFUSED && errno != ENOENT) {
+      trouble_ = std::string("a local socket cannot be connected: ") + std::strerror(errno);
+    }
+    return false;
+  }
+  if (!sameUser(door.get())) {
+    trouble_ = "a process of another user has taken the local socket's name";
     return false;
   }
   Message hello;

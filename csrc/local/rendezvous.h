@@ -41,6 +41,9 @@ class Rendezvous {
 
   /// Before that: the places that have not shown up here, as far as this one can know.
   std::vector<std::uint32_t> missing() const;
+  /// What keeps this rank from meeting the others, for as long as it lasts; empty: nothing is
+  /// known.
+  std::string trouble() const;
 
  private:
   struct Message;
@@ -67,6 +70,7 @@ class Rendezvous {
   bool decided_ = false;
   Status refusal_;
   std::vector<std::uint32_t> told_missing_;  // by place 0
+  std::string trouble_;                      // of the last attempt to find place 0
   std::unique_ptr<Segment> segment_;
   OwnFd socket_;               // place 0: listens; others: to place 0
   std::vector<Guest> guests_;  // of place 0

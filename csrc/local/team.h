@@ -55,6 +55,8 @@ class Team {
   std::string name(std::uint32_t place) const;
   /// Before attach(): who has not come, as far as this rank can know.
   std::vector<std::uint32_t> missing() const { return rendezvous_.missing(); }
+  /// And what keeps this rank from meeting them, if it is more than that.
+  std::string trouble() const { return rendezvous_.trouble(); }
 
   std::byte* area(std::uint32_t place) const { return areas_ + place * area_bytes_; }
   std::size_t areaBytes() const { return area_bytes_; }

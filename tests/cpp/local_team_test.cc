@@ -126,6 +126,19 @@ TEST(Team, ARefusalIsEverybodys) {
   }
 }
 
+// The others do not find it, but its own calls need not wait.
+TEST(Team, WhoCannotListenConcludesAtOnce) {
+  const std::string name = uniqueName();
+  Team holder(teamConfig(name, 2, 0));
+  Team team(teamConfig(name, 2, 0));
+  TestWatch watch(20s);
+  const TimePoint begun = Clock::now();
+  EXPECT_TRUE(team.attach(watch).ok());
+  EXPECT_LT(Clock::now() - begun, 5s);
+  EXPECT_FALSE(team.attached());
+  EXPECT_EQ(team.refusal().message(), "a local socket cannot be opened: Address already in use");
+}
+
 /// From here on this process has `more` descriptors left.
 void leaveDescriptors(rlim_t more) {
   const int lowest = dup(0);
@@ -152,6 +165,19 @@ TEST(Team, WhoCannotLetAnybodyInRefusesAllOnceItCan) {
     return team.attach(watch).ok() && !team.attached() && team.refusal().message() == text;
   });
   for (std::uint32_t r = 0; r < 2; ++r) EXPECT_EQ(children.join(r), 0) << r;
+}
+
+TEST(Team, WhatKeepsARankFromKnockingIsKnown) {
+  Children child(1, [&](std::uint32_t) {
+    Team team(teamConfig(uniqueName(), 2, 1));
+    TestWatch brief(50ms);
+    if (team.attach(brief).code() != Code::kTimeout || !team.trouble().empty()) return false;
+    leaveDescriptors(0);
+    TestWatch again(50ms);
+    return team.attach(again).code() == Code::kTimeout &&
+           team.trouble() == "a local socket cannot be connected: Too many open files";
+  });
+  EXPECT_EQ(child.join(0), 0);
 }
 
 TEST(Team, AreasOfDifferentSizesAreRefused) {
