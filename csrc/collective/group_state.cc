@@ -431,11 +431,13 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   if (reason.ok()) {
     // It left in good order: only what still needs it fails, now or later.
     std::vector<Receives::Request> unmatched;
-    if (owner < static_cast<OwnerIndex>(config_.world_size)) {
+    const bool worker = owner < static_cast<OwnerIndex>(config_.world_size);
+    if (worker) {
       const std::lock_guard lock(mutex_);
       const bool was_last = ++workers_left_ == config_.world_size - 1;
       unmatched = receives_.left(static_cast<Rank>(owner), was_last);
     }
+    if (worker && when_left_) when_left_(links_[owner]->hasLeft());
     for (const Receives::Request& request : unmatched) {
       request.fail(Status(Code::kUnavailable, "recv: " + links_[owner]->hasLeft()));
     }

@@ -32,6 +32,8 @@ class GroupState final : public LinkEvents,
 
   /// Told once, when nothing more can work in this group, and why. To be set before start().
   void whenBroken(std::function<void(const Status&)> told) { when_broken_ = std::move(told); }
+  /// Told of each rank that has left in good order, what is said of it. To be set before start().
+  void whenLeft(std::function<void(const std::string&)> told) { when_left_ = std::move(told); }
 
   /// Connects to the owners and starts the clock. Once, right after construction.
   void start();
@@ -123,6 +125,7 @@ class GroupState final : public LinkEvents,
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::function<void(const Status&)> when_broken_;
+  std::function<void(const std::string&)> when_left_;
   std::condition_variable link_closed_;
   std::unique_ptr<transport::Timer> ticker_;
 };

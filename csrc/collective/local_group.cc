@@ -307,6 +307,9 @@ std::shared_ptr<Group> makeLocalGroup(std::shared_ptr<Group> network,
   state->whenBroken([weak = std::weak_ptr(operations)](const Status& why) {
     if (const auto alive = weak.lock()) alive->breakWith(why);
   });
+  state->whenLeft([weak = std::weak_ptr(operations)](const std::string& who) {
+    if (const auto alive = weak.lock()) alive->left(who);
+  });
   return std::make_shared<LocalGroup>(std::move(network), operations);
 }
 

@@ -115,12 +115,16 @@ Status LocalOperation::look(TimePoint now, bool slept) {
   }
   if (now >= deadline_) return tooLate(now);
   const local::Team& team = owner_->team();
-  if (!slept || !team.attached()) return {};
-  if (const auto gone = team.gone()) {
+  const auto lacks = [&](const std::string& who) {
     return Status(Code::kUnavailable, engine::nameCollective(owner_->config().name, number) + ", " +
-                                          engine::describe(call.shown) + ": " + gone->text +
-                                          " before it joined in");
+                                          engine::describe(call.shown) + ": " + who);
+  };
+  if (!team.attached()) {
+    const std::string who = owner_->whoLeft();
+    return who.empty() ? Status() : lacks(who);
   }
+  if (!slept) return {};
+  if (const auto gone = team.gone()) return lacks(gone->text + " before it joined in");
   return differs(now);
 }
 
@@ -371,6 +375,16 @@ void LocalOperations::close() {
   const std::lock_guard lock(mutex_);
   closing_ = true;
   changed_.notify_one();
+}
+
+void LocalOperations::left(const std::string& who) {
+  const std::lock_guard lock(mutex_);
+  if (left_.empty()) left_ = who;
+}
+
+std::string LocalOperations::whoLeft() {
+  const std::lock_guard lock(mutex_);
+  return left_;
 }
 
 void LocalOperations::join() {

@@ -94,6 +94,10 @@ class LocalOperations final : public std::enable_shared_from_this<LocalOperation
   void breakWith(const Status& why);
   /// The same, and leaves: the other ranks are told.
   void close();
+  /// A rank has left: those that have not met it never will. `who`: what is said of it.
+  void left(const std::string& who);
+  /// Empty: none has left.
+  std::string whoLeft();
   /// Waits for the thread, unless this is it.
   void join();
 
@@ -148,6 +152,7 @@ class LocalOperations final : public std::enable_shared_from_this<LocalOperation
   std::uint64_t missed_ = 0;  // calls that ended before the team met
   GroupCounters counters_;
   Status broken_;
+  std::string left_;  // the first rank that did
   std::thread thread_;
 };
 

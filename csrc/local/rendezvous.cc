@@ -310,6 +310,7 @@ bool Rendezvous::knock() {
 Status Rendezvous::visit(Watch& watch) {
   bool slept = false;
   while (!decided_) {
+    if (socket_ && hearHost()) continue;  // first what has been said: it may be the verdict
     const TimePoint now = Clock::now();
     if (Status status = watch.look(now, slept); !status.ok()) return status;
     if (!socket_ && !knock()) {
@@ -319,28 +320,33 @@ Status Rendezvous::visit(Watch& watch) {
     }
     pollfd polled{socket_.get(), POLLIN, 0};
     slept = poll(&polled, 1, sliceMs(watch, now)) == 0;
-    Message message;
-    OwnFd fd;
-    const Message::Got got = message.receiveFrom(socket_.get(), &fd);
-    if (got == Message::Got::kNothing) continue;
-    if (got == Message::Got::kEnd) {
-      refusal_ = Status(Code::kUnavailable,
-                        "the rank of this host that makes it left while it was set up");
-      decided_ = true;
-    } else if (message.kind == Message::kMissing) {
-      told_missing_.resize(std::min<std::size_t>(message.size, message.text.size() / 4));
-      if (!told_missing_.empty()) {
-        std::memcpy(told_missing_.data(), message.text.data(), told_missing_.size() * 4);
-      }
-      std::erase_if(told_missing_, [this](std::uint32_t place) { return place >= config_.size; });
-    } else if (message.kind == Message::kVerdict) {
-      refusal_ = message.status();
-      decided_ = true;
-    } else if (message.kind == Message::kOffer) {
-      take(message, std::move(fd));
-    }
   }
   return {};
+}
+
+/// False: nothing was said.
+bool Rendezvous::hearHost() {
+  Message message;
+  OwnFd fd;
+  const Message::Got got = message.receiveFrom(socket_.get(), &fd);
+  if (got == Message::Got::kNothing) return false;
+  if (got == Message::Got::kEnd) {
+    refusal_ =
+        Status(Code::kUnavailable, "the rank of this host that makes it left while it was set up");
+    decided_ = true;
+  } else if (message.kind == Message::kMissing) {
+    told_missing_.resize(std::min<std::size_t>(message.size, message.text.size() / 4));
+    if (!told_missing_.empty()) {
+      std::memcpy(told_missing_.data(), message.text.data(), told_missing_.size() * 4);
+    }
+    std::erase_if(told_missing_, [this](std::uint32_t place) { return place >= config_.size; });
+  } else if (message.kind == Message::kVerdict) {
+    refusal_ = message.status();
+    decided_ = true;
+  } else if (message.kind == Message::kOffer) {
+    take(message, std::move(fd));
+  }
+  return true;
 }
 
 void Rendezvous::take(const Message& offer, OwnFd fd) {

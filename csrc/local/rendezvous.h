@@ -64,6 +64,7 @@ class Rendezvous {
   void tellMissing();
   Status visit(Watch& watch);
   bool knock();
+  bool hearHost();
   void take(const Message& offer, OwnFd fd);
 
   const Config config_;
