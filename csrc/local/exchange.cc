@@ -59,7 +59,7 @@ void Exchange::show(std::uint32_t number, const CallWords& call, const Job& job)
   for (std::size_t i = 0; i < call.size(); ++i) {
     own.call[i].store(call[i], std::memory_order_relaxed);
   }
-  const bool fits = job.published() <= layout_.slot_bytes;
+  const bool fits = job.published() <= job.hopBytesMax(layout_.slot_bytes);
   own.fits.store(fits ? 1 : 0, std::memory_order_relaxed);
   std::byte* const memory = slot(team_.place(), number);
   if (fits) {

@@ -12,6 +12,10 @@ namespace {
 // Shares and pieces begin at lines of their own, and so at whole elements.
 constexpr std::size_t kAlign = 64;
 
+// In one hop every rank reads all that all have published: of sums no more than this, or the time
+// would grow with the square of the number of ranks where they share cores.
+constexpr std::size_t kHopReads = std::size_t{256} << 10;
+
 const std::byte* raw(const void* data) { return static_cast<const std::byte*>(data); }
 std::byte* raw(void* data) { return static_cast<std::byte*>(data); }
 
@@ -50,6 +54,10 @@ void SumJob::publish(std::byte* slot) const { copyBytes(slot, in_, nbytes_); }
 void SumJob::collect(Views slots) {
   if (out_ == nullptr || nbytes_ == 0) return;
   kernels::reduce(dtype_, op_, slots, out_, nbytes_ / sizeOf(dtype_));
+}
+
+std::size_t SumJob::hopBytesMax(std::size_t slot_bytes) const {
+  return std::min(slot_bytes, kHopReads / seat_.size);
 }
 
 std::uint64_t SumJob::rounds(std::size_t stage_bytes) {

@@ -27,6 +27,8 @@ class Job {
   /// Bytes that publish() writes.
   virtual std::size_t published() const = 0;
   virtual void publish(std::byte* slot) const = 0;
+  /// Up to so many published bytes go in one hop, for slots of this size; equal on all ranks.
+  virtual std::size_t hopBytesMax(std::size_t slot_bytes) const { return slot_bytes; }
   /// Bytes at the beginning of what is published that all ranks need before the rounds, too.
   virtual std::size_t prefix() const { return 0; }
   virtual void publishPrefix(std::byte* /*slot*/) const {}
@@ -67,6 +69,7 @@ class SumJob final : public Job {
   SumJob(Seat seat, DataType dtype, ReduceOp op, const void* in, void* out, std::size_t count);
 
   std::size_t published() const override { return nbytes_; }
+  std::size_t hopBytesMax(std::size_t slot_bytes) const override;
   void publish(std::byte* slot) const override;
   void collect(Views slots) override;
   std::uint64_t rounds(std::size_t stage_bytes) override;

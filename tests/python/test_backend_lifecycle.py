@@ -517,3 +517,22 @@ def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.torch, "__version__", "2.99.1+cpu")
     with pytest.raises(reducer.VersionError, match=r"built for torch 2\.\d+.*this is torch 2\.99\.1"):
         backend.load_native()
+
+
+def leave_before_the_first_collective() -> float:
+    """In a rank: the last one goes at once, and the others call what it was to join in. Seconds that they waited."""
+    init_group()
+    rank, n = dist.get_rank(), dist.get_world_size()
+    begun = time.monotonic()
+    if rank == n - 1:
+        dist.destroy_process_group()
+        return 0
+    with pytest.raises(dist.DistBackendError, match=f"rank {n - 1} .*left the group"):
+        dist.all_reduce(torch.ones(3))
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_rank_that_leaves_before_the_first_collective_is_named_at_once(transport: str) -> None:
+    with Ranks(3, {"REDUCER_TRANSPORT": transport}, init=False) as fresh:
+        assert max(fresh.call(leave_before_the_first_collective)) < 10
