@@ -53,9 +53,9 @@ std::byte* Exchange::stage(std::uint32_t place, std::uint64_t round) const {
 // operation since; or it was given up, which they notice when they have read.
 void Exchange::show(std::uint32_t number, const CallWords& call, const Job& job) {
   Record& own = record(team_.place(), number);
-  // Behind the gate's number: who reads anything from here on finds itself stale.
-  std::atomic_thread_fence(std::memory_order_release);
   own.tag.store(0, std::memory_order_relaxed);
+  // Who reads anything of what follows finds the tag, and the gate's number, changed.
+  std::atomic_thread_fence(std::memory_order_release);
   for (std::size_t i = 0; i < call.size(); ++i) {
     own.call[i].store(call[i], std::memory_order_relaxed);
   }
@@ -84,10 +84,14 @@ std::optional<CallWords> Exchange::callOf(std::uint32_t place, std::uint32_t num
 }
 
 // Only where the next operation was given up without this rank can somebody have gone on to the one
-// after it, whose records and slots are these.
+// after it, whose records and slots are these; that rank may not have shown it yet.
 bool Exchange::stale(std::uint32_t number) const {
   std::atomic_thread_fence(std::memory_order_acquire);
-  return static_cast<std::int32_t>(team_.gate().number() - number) > 1;
+  if (static_cast<std::int32_t>(team_.gate().number() - number) <= 1) return false;
+  for (std::uint32_t place = 0; place < team_.size(); ++place) {
+    if (record(place, number).tag.load(std::memory_order_relaxed) != tagOf(number)) return true;
+  }
+  return false;
 }
 
 Status Exchange::endedWith(std::uint32_t number) const {

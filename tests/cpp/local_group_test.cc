@@ -245,7 +245,8 @@ TEST(LocalGroup, CallsAreGivenUpInAnyOrderAndTheNextWorks) {
   std::atomic<bool> given_up{false};
   onEveryRank(cluster, n, [&](Rank r, Group& group) {
     std::vector<float> data(8, 1);
-    ASSERT_TRUE(sumOf(group, data, true).ok());
+    const Status first = sumOf(group, data, true);
+    ASSERT_TRUE(first.ok()) << first.message();
     if (r == 0) {  // the second first, which waits behind the other
       std::shared_ptr<Canceller> cancellers[2];
       std::future<Status> ends[2];
