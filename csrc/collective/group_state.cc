@@ -426,6 +426,10 @@ void GroupState::onOperationError(const wire::SlotId& slot, const Status& status
   if (operation) fail(operation, status);
 }
 
+void GroupState::onLeft(Rank rank) {
+  if (when_left_ && rank >= 0 && rank < config_.world_size) when_left_(links_[rank]->hasLeft());
+}
+
 void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   const std::string& name = links_[owner]->name();
   if (reason.ok()) {
@@ -437,7 +441,7 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
       const bool was_last = ++workers_left_ == config_.world_size - 1;
       unmatched = receives_.left(static_cast<Rank>(owner), was_last);
     }
-    if (worker && when_left_) when_left_(links_[owner]->hasLeft());
+    if (worker) onLeft(static_cast<Rank>(owner));
     for (const Receives::Request& request : unmatched) {
       request.fail(Status(Code::kUnavailable, "recv: " + links_[owner]->hasLeft()));
     }

@@ -32,7 +32,8 @@ class GroupState final : public LinkEvents,
 
   /// Told once, when nothing more can work in this group, and why. To be set before start().
   void whenBroken(std::function<void(const Status&)> told) { when_broken_ = std::move(told); }
-  /// Told of each rank that has left in good order, what is said of it. To be set before start().
+  /// Told what is said of a rank that has left in good order, once or more. To be set before
+  /// start().
   void whenLeft(std::function<void(const std::string&)> told) { when_left_ = std::move(told); }
 
   /// Connects to the owners and starts the clock. Once, right after construction.
@@ -63,6 +64,7 @@ class GroupState final : public LinkEvents,
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
+  void onLeft(Rank rank) override;
   void onLinkClosed() override;
 
   void pump(const std::vector<OwnerIndex>& owners) override;

@@ -144,6 +144,9 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
     case wire::FrameKind::kArrived:
       if (const auto events = events_.lock()) events->onArrived(frame.slot);
       break;
+    case wire::FrameKind::kLeft:
+      if (const auto events = events_.lock()) events->onLeft(frame.pusher);
+      break;
     default:
       break;  // a reducer has nothing else to say
   }

@@ -27,6 +27,8 @@ class LinkEvents {
   virtual void onLinkDown(OwnerIndex owner, const Status& reason) = 0;
   /// A send to this rank waits in its own reducer, and came before any receive.
   virtual void onArrived(const wire::SlotId& slot) = 0;
+  /// A rank has left the group in good order; its reducer may go on.
+  virtual void onLeft(Rank rank) = 0;
   /// A link's closed() has turned true, whoever closed it.
   virtual void onLinkClosed() = 0;
 };

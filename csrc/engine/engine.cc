@@ -104,6 +104,9 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
   ++group->connected;
   places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
   if (!peer->in_process) return;
+  for (Rank rank = 0; rank < static_cast<Rank>(group->members.size()); ++rank) {
+    if (group->members[rank].left) tellLeft(peer, rank, actions);
+  }
   for (const auto& [id, slot] : group->slots) tellReceiver(*group, *slot, actions);
 }
 
@@ -120,6 +123,14 @@ void Engine::tellReceiver(const Group& group, const Slot& slot, Actions& actions
   actions.sends.push_back(Outgoing{receiver, std::move(notice), {}, false});
 }
 
+// What does not go through a reducer waits for that rank, too.
+void Engine::tellLeft(const PeerRef& peer, Rank left, Actions& actions) {
+  wire::Frame notice;
+  notice.kind = wire::FrameKind::kLeft;
+  notice.pusher = left;
+  actions.sends.push_back(Outgoing{peer, std::move(notice), {}, false});
+}
+
 void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
   const auto found = places_.find(peer.get());
   if (found == places_.end()) return;
@@ -129,12 +140,18 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
   Member& member = group.members[place.rank];
   member.peer.reset();
   member.gone = true;
+  member.left = why.ok();
   ++group.gone;
   member.gone_text = why.ok() ? "left the group" : "was lost (" + why.message() + ")";
   if (--group.connected == 0) {
     for (auto& [id, slot] : group.slots) drop(std::move(slot));
     groups_.erase(job);
     return;
+  }
+  if (member.left) {
+    for (const Member& other : group.members) {
+      if (other.peer && other.peer->in_process) tellLeft(other.peer, place.rank, actions);
+    }
   }
   std::vector<wire::SlotId> ids;
   for (const auto& [id, slot] : group.slots) ids.push_back(id);

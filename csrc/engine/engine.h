@@ -121,6 +121,7 @@ class Engine {
     std::string host;  // "hostname:pid", empty before it connected
     bool gone = false;
     std::string gone_text;
+    bool left = false;  // gone, in good order
   };
   struct Arrival {
     Rank rank;
@@ -173,6 +174,7 @@ class Engine {
   static std::string describeMismatch(const Group& group, const Slot& slot);
   static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);
   static Failure* findFailure(Group& group, OperationId id);
+  static void tellLeft(const PeerRef& peer, Rank left, Actions& actions);
   static void tellReceiver(const Group& group, const Slot& slot, Actions& actions);
 
   std::unique_ptr<Slot> newSlot(const Group& group, const wire::Frame& frame, TimePoint now);

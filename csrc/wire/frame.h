@@ -26,6 +26,8 @@ enum class FrameKind : std::uint8_t {
   kBye = 7,      ///< worker -> reducer: this rank leaves the group in good order
   kArrived = 8,  ///< reducer -> the worker in its own process, never on the wire: a send to this
                  ///< rank waits, and no receive was there before it
+  kLeft = 9,     ///< reducer -> the worker in its own process, never on the wire: rank `pusher` has
+                 ///< left the group in good order
 };
 
 /// Which slot of a group a frame belongs to.

@@ -310,6 +310,23 @@ TEST(LocalGroup, ARankThatLeavesIsNamed) {
   });
 }
 
+TEST(LocalGroup, ARankThatLeavesBeforeTheyHaveMetIsNamed) {
+  constexpr std::int32_t n = 3;
+  SimCluster cluster(oneHost(n));
+  onEveryRank(cluster, n, [](Rank r, Group& group) {
+    if (r == 2) return group.close();
+    for (const bool blocking : {false, true}) {
+      std::vector<float> data(8, 1);
+      const auto begun = std::chrono::steady_clock::now();
+      const Status status = sumOf(group, data, blocking);
+      EXPECT_LT(std::chrono::steady_clock::now() - begun, 2s);
+      EXPECT_EQ(status.code(), Code::kUnavailable);
+      EXPECT_NE(status.message().find("rank 2 at"), std::string::npos) << status.message();
+      EXPECT_NE(status.message().find("has left the group"), std::string::npos);
+    }
+  });
+}
+
 TEST(LocalGroup, SendAndReceiveGoOverTheNetwork) {
   constexpr std::int32_t n = 2;
   SimCluster cluster(oneHost(n));

@@ -532,7 +532,6 @@ def leave_before_the_first_collective() -> float:
     return time.monotonic() - begun
 
 
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
-def test_a_rank_that_leaves_before_the_first_collective_is_named_at_once(transport: str) -> None:
-    with Ranks(3, {"REDUCER_TRANSPORT": transport}, init=False) as fresh:
+def test_a_rank_that_leaves_before_the_first_collective_is_named_at_once() -> None:
+    with Ranks(3, init=False) as fresh:
         assert max(fresh.call(leave_before_the_first_collective)) < 10
