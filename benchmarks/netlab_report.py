@@ -157,8 +157,12 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         left.plot(xs, [row.algbw / 1e9 for row in mine], "o-", color=colour, label=name)
     bounds: dict[float, list[str]] = {}
     for row in rows:
-        if row.bound is not None and row.contender not in bounds.setdefault(row.bound, []):
-            bounds[row.bound].append(row.contender)
+        if row.bound is None:
+            continue
+        # Bounds that differ by rounding alone are one line with one label.
+        whose = bounds.setdefault(float(f"{row.bound:.4g}"), [])
+        if row.contender not in whose:
+            whose.append(row.contender)
     for bound, whose in bounds.items():
         left.axhline(bound / 1e9, color="#555555", linestyle=":", linewidth=1)
         left.annotate(
