@@ -88,7 +88,7 @@ def run_ddp(
     console: Console,
     threads: int,
     congestion_control: str,
-    host_congestion_control: str | None,
+    host_congestion_control: str | None = None,
 ) -> tuple[bool, list[Verdict]]:
     """The whole run: whether all losses are close, and the goal's verdicts. NetlabError if anything failed."""
     for name in netlab_cluster.remove_leftovers():
