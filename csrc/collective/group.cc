@@ -102,7 +102,7 @@ class GroupHandle final : public Group, private CallChecks {
         call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
           std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
           Transfer& all = transfers.back();
-          all.depth = std::make_shared<Depth>();
+          all.depth = std::make_shared<Depth>();  // not the all-reduce's: GroupState::depth()
           all.puller = root;
           all.in = bytes(in);
           if (rank_ == root) all.out = bytes(out);

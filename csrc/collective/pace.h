@@ -23,7 +23,7 @@ namespace reducer::collective {
 ///
 /// Where a round is answered R0 after it went out if nothing waits in queues, and the slowest NIC
 /// or processor takes T for a round, R0 / T rounds are on their way and all others wait in queues:
-/// one or two of those keep it busy (as in TCP Vegas, Brakmo and Peterson 1995). While there are
+/// about two of those keep it busy (as in TCP Vegas, Brakmo and Peterson 1995). While there are
 /// too few, rounds are answered every R0 / rounds() instead of T, and the number rises.
 ///
 /// Thread safety: every method, from any thread.
