@@ -78,8 +78,10 @@ class GroupHandle final : public Group, private CallChecks {
     }
     const std::size_t nbytes = count * sizeOf(dtype);
     if (const ShardMap* rails = state_->rails(route, nbytes)) {
-      state_->runTwoLevel(call, *rails, bytes(in), bytes(out), nbytes, std::move(options),
-                          std::move(done));
+      state_->runTwoLevel(
+          call, *rails,
+          sharedStrips(state_->placement(), bytes(in), bytes(out), nbytes, kAllRanks, kAllRanks),
+          std::move(options), std::move(done));
       return;
     }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
@@ -98,6 +100,14 @@ class GroupHandle final : public Group, private CallChecks {
     if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
     const wire::Call call =
         makeCall(Collective::kReduce, op, dtype, options.whole_count.value_or(count), root);
+    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype))) {
+      state_->runTwoLevel(
+          call, *rails,
+          sharedStrips(state_->placement(), bytes(in), rank_ == root ? bytes(out) : nullptr,
+                       count * sizeOf(dtype), kAllRanks, root),
+          std::move(options), std::move(done));
+      return;
+    }
     state_->run(
         call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
           std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
@@ -115,6 +125,15 @@ class GroupHandle final : public Group, private CallChecks {
     if (!checkRank("root", root, done)) return;
     const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype,
                                      options.whole_count.value_or(count), root);
+    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype))) {
+      std::byte* const at = bytes(data);
+      state_->runTwoLevel(
+          call, *rails,
+          sharedStrips(state_->placement(), rank_ == root ? at : nullptr,
+                       rank_ == root ? nullptr : at, count * sizeOf(dtype), root, kAllRanks),
+          std::move(options), std::move(done));
+      return;
+    }
     state_->run(
         call, wire::kCollectiveLane, std::move(options), std::move(done), [&](std::uint64_t seq) {
           std::vector<Transfer> transfers = mapped(routeOf(call), count * sizeOf(dtype), seq);
@@ -145,6 +164,15 @@ class GroupHandle final : public Group, private CallChecks {
     const std::uint64_t lane =
         options.second_step ? wire::stepLane(*options.second_step) : wire::kCollectiveLane;
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
+    const ShardMap* const rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype));
+    if (rails != nullptr && lane == wire::kCollectiveLane) {
+      std::vector<const std::byte*> ins(static_cast<std::size_t>(n_));
+      std::vector<std::byte*> others;
+      for (Rank r = 0; r < n_; ++r) others.push_back(r == rank_ ? nullptr : bytes(outs[r]));
+      ins[rank_] = bytes(in);
+      runOwned(call, *rails, ins, others, counts, std::move(options), std::move(done));
+      return;
+    }
     state_->run(call, lane, std::move(options), std::move(done), [&](std::uint64_t seq) {
       std::vector<Transfer> transfers = compared(seq);
       for (Rank r = 0; r < n_; ++r) {
@@ -172,6 +200,14 @@ class GroupHandle final : public Group, private CallChecks {
     }
     const wire::Call call =
         makeCall(Collective::kReduceScatter, op, dtype, options.whole_count.value_or(sum(counts)));
+    if (const ShardMap* rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype))) {
+      std::vector<const std::byte*> all;
+      for (const void* in : ins) all.push_back(bytes(in));
+      std::vector<std::byte*> outs(static_cast<std::size_t>(n_));
+      outs[rank_] = bytes(out);
+      runOwned(call, *rails, all, outs, counts, std::move(options), std::move(done));
+      return;
+    }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
                   std::vector<Transfer> transfers = compared(seq);
@@ -328,6 +364,18 @@ class GroupHandle final : public Group, private CallChecks {
     if (routes.several()) transfer.map = &map;
     transfers.push_back(std::move(transfer));
     return transfers;
+  }
+
+  /// In two levels, every rank the owner of its part: the all-gather's or the reduce-scatter's.
+  void runOwned(const wire::Call& call, const ShardMap& rails,
+                std::span<const std::byte* const> ins, std::span<std::byte* const> outs,
+                std::span<const std::size_t> counts, CallOptions options, Done done) {
+    std::vector<std::uint64_t> nbytes;
+    for (const std::size_t count : counts) nbytes.push_back(count * sizeOf(call.dtype));
+    state_->runTwoLevel(
+        call, rails,
+        ownedStrips(state_->placement(), ins, outs, nbytes, call.op != ReduceOp::kNone),
+        std::move(options), std::move(done));
   }
 
   /// One owner, everybody pushes and pulls; behind chunk 0, where the calls are compared.

@@ -271,13 +271,13 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
 
 const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes) const {
   if (rails_.empty()) return nullptr;
-  const std::size_t least =
-      std::min(kTwoLevelBytesMin, segmentBytes(placement_, config_.settings.chunk_bytes));
-  return nbytes >= least ? &rails_[route.map] : nullptr;
+  const std::size_t segment = segmentBytes(placement_, config_.settings.chunk_bytes);
+  const bool fits = fitStrips(segment, static_cast<std::size_t>(config_.world_size));
+  return fits && nbytes >= std::min(kTwoLevelBytesMin, segment) ? &rails_[route.map] : nullptr;
 }
 
-void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails, const std::byte* in,
-                             std::byte* out, std::size_t nbytes, CallOptions options, Done done) {
+void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
+                             std::vector<Strip> strips, CallOptions options, Done done) {
   launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const std::uint64_t seq = info.seq;
@@ -286,8 +286,8 @@ void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails, cons
            shape.rank = config_.rank;
            shape.rails = &rails;
            shape.segment_bytes = segmentBytes(placement_, config_.settings.chunk_bytes);
-           shape.nbytes = nbytes;
-           const auto levels = std::make_shared<TwoLevel>(std::move(info), shape, in, out);
+           const auto levels =
+               std::make_shared<TwoLevel>(std::move(info), shape, std::move(strips));
            operation = levels;
            if (placement_.ranksOf(placement_.hostOf(config_.rank)).size() > 1) {
              if (!stage_) stage_ = makeStage();

@@ -56,10 +56,11 @@ class GroupState final : public LinkEvents,
   void runRing(const wire::Call& call, std::byte* out, std::uint64_t number, CallOptions options,
                Done done);
 
-  /// What an all-reduce of so many bytes goes by in two levels; null: in one. Equal on all ranks.
+  /// What a collective of so many bytes goes by in two levels; null: in one. Equal on all ranks.
   const ShardMap* rails(const Routes::Route& route, std::size_t nbytes) const;
-  void runTwoLevel(const wire::Call& call, const ShardMap& rails, const std::byte* in,
-                   std::byte* out, std::size_t nbytes, CallOptions options, Done done);
+  const Placement& placement() const { return placement_; }
+  void runTwoLevel(const wire::Call& call, const ShardMap& rails, std::vector<Strip> strips,
+                   CallOptions options, Done done);
 
   void onOperationError(const wire::SlotId& slot, const Status& status) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;

@@ -249,13 +249,14 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
     entry.stage.store(HostBoard::kNothing);
     entry.key.store(area.key + 1);
     entry.fingerprint.store(operation.fingerprint());
-    const Span segment = operation.segment(live.brought);
-    for (Rank share = 0; share < operation.shares(); ++share) {
-      if (placeOf(share) == config_.place) continue;
-      const Span span = operation.share(live.brought, share);
-      if (span.length == 0) continue;
-      std::memcpy(memory_->area(config_.place, index) + span.offset,
-                  operation.in() + segment.offset + span.offset, span.length);
+    for (std::size_t i = 0; i < operation.strips().size(); ++i) {
+      const Strip& strip = operation.strips()[i];
+      const Span slice = operation.slice(live.brought, i);
+      const bool others_need = strip.source == kAllRanks ? placeOf(strip.share) != config_.place
+                                                         : strip.source == ownRank();
+      if (!others_need || slice.length == 0) continue;
+      std::memcpy(memory_->area(config_.place, index) + operation.areaOffset(i),
+                  strip.in + slice.offset, slice.length);
     }
     entry.stage.store(HostBoard::kBrought);
     if (memory_->all(area.key, HostBoard::kBrought)) memory_->ringAll();
@@ -263,8 +264,14 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
     return true;
   }
 
+  Rank ownRank() const { return config_.ranks[config_.place]; }
   std::size_t placeOf(Rank share) const {
     return static_cast<std::size_t>(share) % config_.ranks.size();
+  }
+  /// Of a rank of this host; else their number.
+  std::size_t placeOfRank(Rank rank) const {
+    return static_cast<std::size_t>(std::find(config_.ranks.begin(), config_.ranks.end(), rank) -
+                                    config_.ranks.begin());
   }
   std::byte* areaOf(std::size_t place, const HostBoard::Entry* entry) const {
     return memory_->area(place,
@@ -283,25 +290,38 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
       if (entry->fingerprint.load() != operation.fingerprint()) return differs(live, place);
       areas[place] = areaOf(place, entry);
     }
-    const wire::Call& call = operation.info().call;
-    const Span segment = operation.segment(index);
-    std::byte* const area = areas[config_.place];
-    std::vector<Payload> inputs;
-    for (const Rank share : operation.carried()) {
-      const Span span = operation.share(index, share);
-      if (span.length == 0) continue;
-      inputs.clear();
-      for (std::size_t place = 0; place < memory_->ranks(); ++place) {
-        const std::byte* from =
-            place == config_.place ? operation.in() + segment.offset : areas[place];
-        inputs.emplace_back(Bytes(from + span.offset, span.length), nullptr);
-      }
-      kernels::reduce(call.dtype, partially(call.op, call.dtype), inputs, area + span.offset,
-                      span.length / sizeOf(call.dtype));
+    for (std::size_t i = 0; i < operation.strips().size(); ++i) {
+      if (placeOf(operation.strips()[i].share) == config_.place) gather(operation, index, i, areas);
     }
+    std::byte* const area = areas[config_.place];
     operation.summed(index, area, memory_->owner());
     config_.pump(operation.owners());
     return true;
+  }
+
+  /// Brings this host's part of a strip that this rank carries into its area: the sum of its ranks,
+  /// or the bytes of the one whose they are, if that is one of them.
+  void gather(const TwoLevel& operation, std::uint64_t index, std::size_t strip_index,
+              const std::vector<std::byte*>& areas) {
+    const Strip& strip = operation.strips()[strip_index];
+    const Span slice = operation.slice(index, strip_index);
+    const std::uint64_t offset = operation.areaOffset(strip_index);
+    if (slice.length == 0) return;
+    if (strip.source != kAllRanks) {
+      const std::size_t source = placeOfRank(strip.source);
+      if (source == areas.size() || source == config_.place) return;
+      std::memcpy(areas[config_.place] + offset, areas[source] + offset, slice.length);
+      return;
+    }
+    inputs_.clear();
+    for (std::size_t place = 0; place < areas.size(); ++place) {
+      const std::byte* const from =
+          place == config_.place ? strip.in + slice.offset : areas[place] + offset;
+      inputs_.emplace_back(Bytes(from, slice.length), nullptr);
+    }
+    const wire::Call& call = operation.info().call;
+    kernels::reduce(call.dtype, partially(call.op, call.dtype), inputs_,
+                    areas[config_.place] + offset, slice.length / sizeOf(call.dtype));
   }
 
   /// A rank of this host made another call. All say so at the coordinator; only where the calls are
@@ -334,14 +354,14 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
     if (live.copied == live.answered) return false;
     const SegmentKey key = live.key(live.copied);
     if (!memory_->all(key, HostBoard::kAnswered)) return false;
-    const Span segment = operation.segment(live.copied);
-    for (Rank share = 0; share < operation.shares(); ++share) {
-      const Span span = operation.share(live.copied, share);
-      if (span.length == 0) continue;
-      const std::size_t place = placeOf(share);
+    for (std::size_t i = 0; i < operation.strips().size(); ++i) {
+      const Strip& strip = operation.strips()[i];
+      const Span slice = operation.slice(live.copied, i);
+      if (strip.out == nullptr || slice.length == 0) continue;
+      const std::size_t place = placeOf(strip.share);
       const auto* entry = memory_->board(place).find(key, HostBoard::kAnswered);
-      std::memcpy(operation.out() + segment.offset + span.offset,
-                  areaOf(place, entry) + span.offset, span.length);
+      std::memcpy(strip.out + slice.offset, areaOf(place, entry) + operation.areaOffset(i),
+                  slice.length);
     }
     for (Area& area : areas_) area.over |= area.key == key;
     ++live.copied;
@@ -379,7 +399,8 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
   std::array<Area, kSegmentsInFlight> areas_;
   std::array<bool, kSegmentsInFlight> used_{};
   std::size_t next_area_ = 0;
-  SegmentKey last_ = 0;  // beyond all operations that are over
+  std::vector<Payload> inputs_;  // of gather()
+  SegmentKey last_ = 0;          // beyond all operations that are over
 };
 
 HostStage::HostStage(Config config) : inner_(std::make_shared<Inner>(std::move(config))) {

@@ -20,14 +20,27 @@ constexpr Size kSizes[] = {{1 << 10, 21}, {32 << 10, 15}, {256 << 10, 11}, {2 <<
 /// The end of one operation, waited for by the thread that started it.
 class Ending {
  public:
+  explicit Ending(std::shared_ptr<transport::Helper> helper)
+      : helper_(std::move(helper)), state_(std::make_shared<State>()) {}
+
   Done callback() {
-    return [state = state_](const Status& status) {
-      const std::lock_guard lock(state->mutex);
-      state->status = status;
-      state->changed.notify_all();
+    return [state = state_, helper = helper_](const Status& status) {
+      {
+        const std::lock_guard lock(state->mutex);
+        state->status = status;
+        state->changed.notify_all();
+      }
+      if (helper) helper->wake();
     };
   }
   Status wait() {
+    if (helper_) {
+      const auto ended = [state = state_] {
+        const std::lock_guard lock(state->mutex);
+        return state->status.has_value();
+      };
+      helper_->help(ended, TimePoint::max());
+    }
     std::unique_lock lock(state_->mutex);
     // An operation always ends: at its own deadline, if nothing else ends it.
     state_->changed.wait(lock, [this] { return state_->status.has_value(); });
@@ -40,7 +53,8 @@ class Ending {
     std::condition_variable changed;
     std::optional<Status> status;
   };
-  std::shared_ptr<State> state_ = std::make_shared<State>();
+  const std::shared_ptr<transport::Helper> helper_;
+  const std::shared_ptr<State> state_;
 };
 
 class Probe {
@@ -99,7 +113,7 @@ class Probe {
       std::nth_element(one.begin(), one.begin() + one.size() / 2, one.end());
       medians->push_back(std::max<std::int64_t>(1, one[one.size() / 2]));
     }
-    Ending ending;
+    Ending ending(plan_.helper);
     CallOptions options = optionsFor(medians);
     group_.allReduce(medians->data(), medians->data(), medians->size(), DataType::kInt64,
                      ReduceOp::kMax, options, ending.callback());
@@ -108,7 +122,7 @@ class Probe {
   }
 
   Status allReduce(std::size_t count, Algorithm way) {
-    Ending ending;
+    Ending ending(plan_.helper);
     CallOptions options = optionsFor(buffer_);
     options.algorithm = way;
     group_.allReduce(buffer_->data(), buffer_->data(), count, DataType::kFloat32, ReduceOp::kSum,

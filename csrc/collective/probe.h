@@ -3,9 +3,11 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "collective/group.h"
+#include "transport/transport.h"
 
 namespace reducer::collective {
 
@@ -16,6 +18,8 @@ struct ProbePlan {
   std::uint32_t servers = 0;
   std::chrono::milliseconds budget{900};  ///< a size that would exceed it is left out
   std::chrono::milliseconds timeout{10'000};
+  /// What a thread that waits for a call does meanwhile, where that is what users' threads do.
+  std::shared_ptr<transport::Helper> helper;
 };
 
 /// All-reduces of a few sizes, each way in turn, timed on every rank; the slowest rank's times are

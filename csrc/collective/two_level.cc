@@ -26,19 +26,25 @@ std::uint64_t boundary(std::uint64_t nbytes, std::uint64_t i, std::uint64_t n) {
          kAlign;
 }
 
+// A slice may be longer than its part of the segment, by aligning its two ends, and is padded.
+constexpr std::uint64_t kSlack = 3 * kAlign;
+
+std::uint64_t aligned(std::uint64_t nbytes) { return (nbytes + kAlign - 1) / kAlign * kAlign; }
+
 std::uint64_t mixed(std::uint64_t hash, std::uint64_t value) {
   hash = (hash ^ value) * 0xBF58476D1CE4E5B9ULL;
   return hash ^ (hash >> 31);
 }
 
-std::uint64_t fingerprintOf(const wire::Call& call, std::uint64_t nbytes) {
+std::uint64_t fingerprintOf(const wire::Call& call, const std::vector<Strip>& strips) {
   std::uint64_t hash = 0x9E3779B97F4A7C15ULL;
   for (const std::uint64_t value :
        {static_cast<std::uint64_t>(call.collective), static_cast<std::uint64_t>(call.op),
         static_cast<std::uint64_t>(call.dtype), static_cast<std::uint64_t>(call.codec),
-        static_cast<std::uint64_t>(call.root), call.count, nbytes}) {
+        static_cast<std::uint64_t>(call.root), call.count}) {
     hash = mixed(hash, value);
   }
+  for (const Strip& strip : strips) hash = mixed(mixed(hash, strip.share), strip.nbytes);
   return hash;
 }
 
@@ -51,71 +57,152 @@ std::size_t segmentBytes(const Placement& placement, std::size_t chunk_bytes) {
   return std::max<std::size_t>(most / kAlign * kAlign, kMinChunkBytes);
 }
 
-TwoLevel::TwoLevel(Info info, const Shape& shape, const std::byte* in, std::byte* out)
-    : Operation(std::move(info)),
-      nbytes_(shape.nbytes),
-      in_(in),
-      out_(out),
-      shares_(shape.placement->widest()),
-      alone_(shape.placement->ranksOf(shape.placement->hostOf(shape.rank)).size() == 1) {
-  REDUCER_CHECK(nbytes_ > 0);
-  const Placement& placement = *shape.placement;
-  for (Rank share = 0; share < shares_; ++share) {
-    if (placement.carries(shape.rank, share)) carried_.push_back(share);
+class TwoLevel::Hold {
+ public:
+  Hold(std::shared_ptr<TwoLevel> operation, std::uint64_t segment)
+      : operation_(std::move(operation)), slot_(segment % kSegmentsInFlight) {
+    operation_->held_[slot_].fetch_add(1);
   }
-  segments_ = (nbytes_ + shape.segment_bytes - 1) / shape.segment_bytes;
-  fingerprint_ = fingerprintOf(this->info().call, nbytes_);
-  // Cut for the longest share of all (aligning boundaries may add up to kAlign, twice).
-  const std::uint64_t longest =
-      (nbytes_ + segments_ - 1) / segments_ / static_cast<std::uint64_t>(shares_) + 2 * kAlign;
-  plan_ = shape.rails->plan(longest, this->info().seq);
-  const auto hosts = static_cast<OwnerIndex>(placement.hosts());
-  for (std::uint32_t position = 0; position < plan_.owners.size(); ++position) {
-    const OwnerIndex planned = plan_.owners[position];
-    for (const Rank share : carried_) {
-      // A rail's part that a host owns is its carrier's: what that one pushes stays in its process.
-      const OwnerIndex owner =
-          planned < hosts
-              ? static_cast<OwnerIndex>(placement.carrier(static_cast<Rank>(planned), share))
-              : planned - hosts + static_cast<OwnerIndex>(placement.worldSize());
-      auto stream = std::find_if(streams_.begin(), streams_.end(),
-                                 [owner](const Stream& s) { return s.owner == owner; });
-      if (stream == streams_.end()) {
-        stream = streams_.insert(streams_.end(), Stream{owner, position, {}});
-        owners_.push_back(owner);
-      }
-      stream->shares.push_back(share);
+  ~Hold() {
+    const bool last = operation_->held_[slot_].fetch_sub(1) == 1;
+    if (last && operation_->pending_[slot_].load() == 0 && operation_->notify_) {
+      operation_->notify_();
     }
   }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+ private:
+  const std::shared_ptr<TwoLevel> operation_;
+  const std::size_t slot_;
+};
+
+bool fitStrips(std::size_t segment_bytes, std::size_t strips) {
+  return 2 * strips * kSlack <= segment_bytes;
+}
+
+std::vector<Strip> sharedStrips(const Placement& placement, const std::byte* in, std::byte* out,
+                                std::uint64_t nbytes, Rank source, Rank sink) {
+  std::vector<Strip> strips;
+  const auto shares = static_cast<std::uint64_t>(placement.widest());
+  for (std::uint64_t share = 0; share < shares; ++share) {
+    const std::uint64_t begin = boundary(nbytes, share, shares);
+    Strip strip;
+    if (in != nullptr) strip.in = in + begin;
+    if (out != nullptr) strip.out = out + begin;
+    strip.nbytes = boundary(nbytes, share + 1, shares) - begin;
+    strip.share = static_cast<Rank>(share);
+    strip.source = source;
+    strip.sink = sink;
+    if (strip.nbytes > 0) strips.push_back(strip);
+  }
+  return strips;
+}
+
+// The rail of a rank's strip is the one on which that rank carries: it reaches, or leaves, its
+// owner without a copy to another rank of the host.
+std::vector<Strip> ownedStrips(const Placement& placement, std::span<const std::byte* const> ins,
+                               std::span<std::byte* const> outs,
+                               std::span<const std::uint64_t> nbytes, bool sums) {
+  std::vector<Strip> strips;
+  for (Rank rank = 0; rank < placement.worldSize(); ++rank) {
+    if (nbytes[rank] == 0) continue;
+    const std::span<const Rank> beside = placement.ranksOf(placement.hostOf(rank));
+    Strip strip;
+    strip.in = ins[rank];
+    strip.out = outs[rank];
+    strip.nbytes = nbytes[rank];
+    strip.share =
+        static_cast<Rank>(std::lower_bound(beside.begin(), beside.end(), rank) - beside.begin());
+    strip.source = sums ? kAllRanks : rank;
+    strip.sink = sums ? rank : kAllRanks;
+    strip.owner = rank;
+    strips.push_back(strip);
+  }
+  return strips;
+}
+
+TwoLevel::TwoLevel(Info info, const Shape& shape, std::vector<Strip> strips)
+    : Operation(std::move(info)),
+      placement_(*shape.placement),
+      rank_(shape.rank),
+      host_(placement_.hostOf(rank_)),
+      alone_(placement_.ranksOf(host_).size() == 1),
+      strips_(std::move(strips)) {
+  layOut(shape.segment_bytes);
+  fingerprint_ = fingerprintOf(this->info().call, strips_);
+  std::uint64_t longest = 0;
+  for (const Strip& strip : strips_) longest = std::max(longest, strip.nbytes);
+  longest = std::min(longest, longest / segments_ + 2 * kAlign);
+  plan_ = strips_[0].owner == kAllRanks ? shape.rails->plan(longest, this->info().seq)
+                                        : shape.rails->planFor(0, longest);
+  const auto hosts = static_cast<OwnerIndex>(placement_.hosts());
+  for (std::uint32_t position = 0; position < plan_.owners.size(); ++position) {
+    const OwnerIndex planned = plan_.owners[position];
+    for (std::uint32_t i = 0; i < strips_.size(); ++i) {
+      const Strip& strip = strips_[i];
+      REDUCER_CHECK((strip.owner == kAllRanks) == (strips_[0].owner == kAllRanks));
+      if (!placement_.carries(rank_, strip.share)) continue;
+      // A rail's part that a host owns is its carrier's: what that one pushes stays in its process.
+      if (strip.owner != kAllRanks) {
+        addItem(static_cast<OwnerIndex>(strip.owner), {i, position});
+      } else if (planned < hosts) {
+        const Rank carrier = placement_.carrier(static_cast<Rank>(planned), strip.share);
+        addItem(static_cast<OwnerIndex>(carrier), {i, position});
+      } else {
+        addItem(planned - hosts + static_cast<OwnerIndex>(placement_.worldSize()), {i, position});
+      }
+    }
+  }
+}
+
+void TwoLevel::layOut(std::size_t segment_bytes) {
+  std::uint64_t nbytes = 0;
+  for (const Strip& strip : strips_) nbytes += strip.nbytes;
+  REDUCER_CHECK(nbytes > 0 && fitStrips(segment_bytes, strips_.size()));
+  const std::uint64_t room = segment_bytes - strips_.size() * kSlack;
+  segments_ = (nbytes + room - 1) / room;
+  std::uint64_t end = 0;
+  for (const Strip& strip : strips_) {
+    area_offsets_.push_back(end);
+    end += aligned(std::min(strip.nbytes, strip.nbytes / segments_ + 2 * kAlign));
+  }
+  REDUCER_CHECK(end <= segment_bytes);
+}
+
+void TwoLevel::addItem(OwnerIndex owner, Item item) {
+  auto stream = std::find_if(streams_.begin(), streams_.end(),
+                             [owner](const Stream& s) { return s.owner == owner; });
+  if (stream == streams_.end()) {
+    stream = streams_.insert(streams_.end(), Stream{owner, {}});
+    owners_.push_back(owner);
+  }
+  stream->items.push_back(item);
+  answers_ += static_cast<std::uint32_t>(plan_.rounds);
 }
 
 std::vector<std::pair<OwnerIndex, Cursor>> TwoLevel::cursors(OwnerIndex coordinator) {
   std::vector<std::pair<OwnerIndex, Cursor>> cursors;
   cursors.emplace_back(coordinator, Cursor{shared_from_this(), kShow, 0, 0, 1});
   for (std::uint32_t i = 0; i < streams_.size(); ++i) {
-    const std::uint64_t rounds = segments_ * streams_[i].shares.size() * plan_.rounds;
+    const std::uint64_t rounds = segments_ * streams_[i].items.size() * plan_.rounds;
     cursors.emplace_back(streams_[i].owner, Cursor{shared_from_this(), i, 0, 0, rounds});
   }
   return cursors;
 }
 
-// By segment, and within it by share: every rank that carries two shares to one owner has them in
+// By segment, and within it by strip: every rank that carries two strips to one owner has them in
 // the same order, and the oldest piece of all waits for nothing that is behind another.
 TwoLevel::At TwoLevel::at(const Stream& stream, std::uint64_t round) const {
-  const std::uint64_t of_segment = stream.shares.size() * plan_.rounds;
+  const std::uint64_t of_segment = stream.items.size() * plan_.rounds;
   const std::uint64_t rest = round % of_segment;
-  return {round / of_segment, stream.shares[rest / plan_.rounds], rest % plan_.rounds};
+  return {round / of_segment, stream.items[rest / plan_.rounds], rest % plan_.rounds};
 }
 
-Span TwoLevel::segment(std::uint64_t index) const {
-  const std::uint64_t begin = boundary(nbytes_, index, segments_);
-  return {begin, boundary(nbytes_, index + 1, segments_) - begin};
-}
-
-Span TwoLevel::share(std::uint64_t segment, Rank share) const {
-  const std::uint64_t nbytes = this->segment(segment).length;
-  const std::uint64_t begin = boundary(nbytes, share, shares_);
-  return {begin, boundary(nbytes, share + 1, shares_) - begin};
+Span TwoLevel::slice(std::uint64_t segment, std::size_t strip) const {
+  const std::uint64_t nbytes = strips_[strip].nbytes;
+  const std::uint64_t begin = boundary(nbytes, segment, segments_);
+  return {begin, boundary(nbytes, segment + 1, segments_) - begin};
 }
 
 bool TwoLevel::ready(const Cursor& cursor) const {
@@ -125,41 +212,53 @@ bool TwoLevel::ready(const Cursor& cursor) const {
 
 Piece TwoLevel::piece(std::uint32_t transfer, std::uint32_t /*position*/, std::uint64_t round) {
   Piece piece;
+  piece.transfer = transfer;
   piece.frame = frame();
   if (transfer == kShow) return piece;
-  const Stream& stream = streams_[transfer];
-  const auto [index, share, within] = at(stream, round);
-  const Span of_segment = segment(index);
-  const Span of_share = this->share(index, share);
-  const Span span = plan_.span(of_share.length, within, stream.position);
-  const std::uint64_t offset = of_share.offset + span.offset;  // in the segment
+  const auto [segment, item, within] = at(streams_[transfer], round);
+  piece.round = segment;
+  const Strip& strip = strips_[item.strip];
+  const Span slice = this->slice(segment, item.strip);
+  const Span span = plan_.span(slice.length, within, item.position);
   // A carrier may be late because of another rank of its host. Who is missing shows in the empty
   // chunk.
   piece.frame.timeout_ms = 0;
-  piece.frame.slot.lane = wire::partLane(share);
-  piece.frame.slot.chunk = static_cast<std::uint32_t>(index * plan_.rounds * plan_.owners.size() +
-                                                      plan_.chunk(within, stream.position));
-  piece.frame.pusher = piece.frame.puller = rail(share);
-  piece.frame.offset = of_segment.offset + offset;
+  piece.frame.slot.lane = wire::partLane(static_cast<Rank>(item.strip));
+  piece.frame.slot.chunk = static_cast<std::uint32_t>(segment * plan_.rounds * plan_.owners.size() +
+                                                      plan_.chunk(within, item.position));
+  const auto on_rail = [&](Rank rank) {
+    return rank == kAllRanks ? rail(strip.share)
+                             : placement_.carrier(placement_.hostOf(rank), strip.share);
+  };
+  const auto here = [&](Rank rank) {
+    return rank == kAllRanks || placement_.hostOf(rank) == host_;
+  };
+  piece.frame.pusher = on_rail(strip.source);
+  piece.frame.puller = on_rail(strip.sink);
+  piece.frame.offset = slice.offset + span.offset;
   piece.frame.length = span.length;
-  std::byte* const area = alone_ ? out_ + of_segment.offset : areas_[index % kSegmentsInFlight];
-  const std::byte* const from = alone_ ? in_ + of_segment.offset : area;
-  if (span.length > 0) {
-    piece.payload = Payload(Bytes(from + offset, span.length), shared_from_this());
+  std::byte* const area =
+      alone_ ? nullptr : areas_[segment % kSegmentsInFlight] + areaOffset(item.strip) + span.offset;
+  if (here(strip.source) && span.length > 0) {
+    const auto self = std::static_pointer_cast<TwoLevel>(shared_from_this());
+    piece.payload = alone_
+                        ? Payload(Bytes(strip.in + piece.frame.offset, span.length), self)
+                        : Payload(Bytes(area, span.length), std::make_shared<Hold>(self, segment));
   }
-  piece.out = area + offset;
+  // What this rank alone pushes does not come back.
+  if (here(strip.sink) && piece.frame.pusher != rank_) {
+    piece.out = alone_ ? strip.out + piece.frame.offset : area;
+  }
   return piece;
 }
 
 void TwoLevel::accept(const Piece& piece, const Payload& result) {
-  if (piece.out == nullptr) {
+  if (piece.transfer == kShow) {
     compared_.store(true, std::memory_order_release);
   } else {
-    result.copyTo(piece.out);
+    Operation::accept(piece, result);
     if (alone_) return;
-    const std::uint64_t chunks = plan_.rounds * plan_.owners.size();
-    const std::uint64_t index = piece.frame.slot.chunk / chunks;
-    if (pending_[index % kSegmentsInFlight].fetch_sub(1) != 1) return;
+    if (pending_[piece.round % kSegmentsInFlight].fetch_sub(1) != 1) return;
   }
   if (notify_) notify_();
 }
@@ -168,8 +267,7 @@ void TwoLevel::summed(std::uint64_t index, std::byte* area, std::shared_ptr<cons
   REDUCER_CHECK(index == segmentsSummed());
   hold_ = std::move(hold);
   areas_[index % kSegmentsInFlight] = area;
-  pending_[index % kSegmentsInFlight] =
-      static_cast<std::uint32_t>(carried_.size() * plan_.rounds * plan_.owners.size());
+  pending_[index % kSegmentsInFlight] = answers_;
   summed_.store(index + 1, std::memory_order_release);
 }
 

@@ -1,11 +1,12 @@
-// All-reduce in two levels: the ranks of a host sum among themselves first, each a share of the
-// bytes, and only the hosts' sums travel.
+// Collectives in two levels: what ranks of a host have in common goes through their shared memory,
+// and between hosts every byte goes once.
 //
-// The tensor goes in segments, and each segment in shares, one for each rank of the widest host.
-// Share j of every host is carried by one of its ranks (Placement::carrier): it sums the share over
-// the host's ranks in shared memory, pushes the sum on rail j, and puts the answer back into shared
-// memory, from which all ranks of the host copy it. A rank that has its host to itself pushes from
-// its input and takes answers into its output.
+// A collective is a list of strips. Each is carried by a rail: one rank of every host
+// (Placement::carrier). On a host that pushes it, the carrier sums the strip over the host's ranks
+// in shared memory, or takes it from the rank whose it is, and pushes that; on a host that pulls
+// it, the carrier puts the answer into shared memory, from which the ranks that want it copy it.
+// Strips go in segments, a slice of each strip at a time. A rank that has its host to itself pushes
+// from its input and takes answers into its output.
 //
 // Beside the rails every rank shows its call in an empty chunk at the coordinator, as for every
 // collective: there the calls are compared, and missing ranks are named.
@@ -14,6 +15,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -31,6 +33,32 @@ inline constexpr std::size_t kSegmentsInFlight = 4;
 /// makes segments small, too.
 std::size_t segmentBytes(const Placement& placement, std::size_t chunk_bytes);
 
+/// True if a segment has room for a slice of so many strips.
+bool fitStrips(std::size_t segment_bytes, std::size_t strips);
+
+/// Bytes that one rail carries.
+struct Strip {
+  const std::byte* in = nullptr;  ///< this rank's; null: none of them are
+  std::byte* out = nullptr;       ///< null: this rank does not want them
+  std::uint64_t nbytes = 0;
+  Rank share = 0;           ///< the rail's
+  Rank source = kAllRanks;  ///< whose bytes; kAllRanks: the sum of all ranks'
+  Rank sink = kAllRanks;    ///< who gets them
+  Rank owner = kAllRanks;   ///< that sums or hands on all of it; kAllRanks: the owners of the map
+};
+
+/// A tensor that all owners share, one strip for each rank of the widest host: all-reduce, reduce,
+/// broadcast.
+std::vector<Strip> sharedStrips(const Placement& placement, const std::byte* in, std::byte* out,
+                                std::uint64_t nbytes, Rank source, Rank sink);
+
+/// A strip for each rank, which owns it; those without bytes are left out. `sums`: of all ranks'
+/// bytes, for the owner (reduce-scatter); else of the owner's bytes, for all (all-gather).
+/// ins[r], outs[r]: as in Strip; nbytes[r]: equal on all ranks.
+std::vector<Strip> ownedStrips(const Placement& placement, std::span<const std::byte* const> ins,
+                               std::span<std::byte* const> outs,
+                               std::span<const std::uint64_t> nbytes, bool sums);
+
 /// Thread safety: piece(), ready() and accept() as for every Operation; what is the stage's is
 /// called by the one thread of the HostStage.
 class TwoLevel final : public Operation {
@@ -39,11 +67,11 @@ class TwoLevel final : public Operation {
     const Placement* placement = nullptr;
     Rank rank = 0;
     const ShardMap* rails = nullptr;  ///< its workers are hosts
-    std::size_t segment_bytes = 0;
-    std::uint64_t nbytes = 0;  ///< of this rank's tensor; not 0
+    std::size_t segment_bytes = 0;    ///< fitStrips()
   };
 
-  TwoLevel(Info info, const Shape& shape, const std::byte* in, std::byte* out);
+  /// `strips`: at least one, of more than no bytes; all or none of them with an owner.
+  TwoLevel(Info info, const Shape& shape, std::vector<Strip> strips);
 
   /// What to queue at the start: on the coordinator's link, and on those of the rails' owners.
   std::vector<std::pair<OwnerIndex, Cursor>> cursors(OwnerIndex coordinator);
@@ -57,50 +85,56 @@ class TwoLevel final : public Operation {
   /// Equal on ranks whose calls are equal, sizes included.
   std::uint64_t fingerprint() const { return fingerprint_; }
   std::uint64_t segments() const { return segments_; }
-  const std::byte* in() const { return in_; }
-  std::byte* out() const { return out_; }
-  const std::vector<Rank>& carried() const { return carried_; }
-  Rank shares() const { return shares_; }
-  /// Where a segment lies in the tensor, and a share of it in the segment.
-  Span segment(std::uint64_t index) const;
-  Span share(std::uint64_t segment, Rank share) const;
+  const std::vector<Strip>& strips() const { return strips_; }
+  /// What of a strip is in a segment: where in the strip, and from where on in the segment's area.
+  Span slice(std::uint64_t segment, std::size_t strip) const;
+  std::uint64_t areaOffset(std::size_t strip) const { return area_offsets_[strip]; }
 
   /// For the stage. `notify`: called when answers have come, from any thread.
   void staged(std::function<void()> notify) { notify_ = std::move(notify); }
-  /// The host's sums of segment `index` of what this rank carries are in `area`, at the offsets of
-  /// its shares, and may go out; answers come to the same places. In order of the segments. `hold`
-  /// keeps the memory.
+  /// What this rank carries of segment `index` is in `area` and may go out; answers come to the
+  /// same places. In order of the segments. `hold` keeps the memory.
   void summed(std::uint64_t index, std::byte* area, std::shared_ptr<const void> hold);
   std::uint64_t segmentsSummed() const { return summed_.load(std::memory_order_acquire); }
-  /// All answers to a segment that was summed are there.
+  /// All answers to a segment that was summed are there, and nothing refers to its area any more:
+  /// what one rank alone pushes is handed on from there, perhaps after the answer.
   bool answered(std::uint64_t index) const {
-    return pending_[index % kSegmentsInFlight].load(std::memory_order_acquire) == 0;
+    return pending_[index % kSegmentsInFlight].load(std::memory_order_acquire) == 0 &&
+           held_[index % kSegmentsInFlight].load(std::memory_order_acquire) == 0;
   }
   /// The calls of all ranks were found equal.
   bool compared() const { return compared_.load(std::memory_order_acquire); }
 
  private:
-  /// What one owner gets of the shares that this rank carries: a position of the shares' plan.
+  /// A strip that this rank carries, or what one owner gets of it.
+  struct Item {
+    std::uint32_t strip;
+    std::uint32_t position;  // in the plan
+  };
+  /// What goes to one owner.
   struct Stream {
     OwnerIndex owner;
-    std::uint32_t position;
-    std::vector<Rank> shares;
+    std::vector<Item> items;
   };
+  /// Kept by a payload that is in a segment's area.
+  class Hold;
   struct At {
     std::uint64_t segment;
-    Rank share;
+    Item item;
     std::uint64_t round;
   };
   At at(const Stream& stream, std::uint64_t round) const;
+  void layOut(std::size_t segment_bytes);
+  void addItem(OwnerIndex owner, Item item);
 
-  const std::uint64_t nbytes_;
-  const std::byte* const in_;
-  std::byte* const out_;
-  const Rank shares_;
+  const Placement& placement_;
+  const Rank rank_;
+  const Rank host_;
   const bool alone_;  // on its host
-  std::vector<Rank> carried_;
+  const std::vector<Strip> strips_;
   std::uint64_t segments_ = 1;
-  Plan plan_;  // of a share; its owners are hosts, then standalone reducers
+  std::vector<std::uint64_t> area_offsets_;  // beside strips_
+  Plan plan_;  // of a slice; its owners are hosts, then standalone reducers, or the strip's owner
   std::vector<Stream> streams_;
   std::vector<OwnerIndex> owners_;
   std::uint64_t fingerprint_ = 0;
@@ -109,6 +143,8 @@ class TwoLevel final : public Operation {
   std::shared_ptr<const void> hold_;
   std::array<std::byte*, kSegmentsInFlight> areas_{};
   std::array<std::atomic<std::uint32_t>, kSegmentsInFlight> pending_{};  // answers to come
+  std::array<std::atomic<std::uint32_t>, kSegmentsInFlight> held_{};     // Holds
+  std::uint32_t answers_ = 0;                                            // of a segment
   std::atomic<std::uint64_t> summed_{0};
   std::atomic<bool> compared_{false};
 };

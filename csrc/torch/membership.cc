@@ -193,6 +193,7 @@ std::vector<collective::Sample> ReducerBackend::measure() {
   plan.servers = static_cast<std::uint32_t>(config_.servers.size());
   plan.timeout = timeoutOr(c10d::kUnsetTimeout);
   plan.ways = session->group->choices();
+  plan.helper = shared_.helper;
   Result<std::vector<collective::Sample>> samples = collective::probe(*session->group, plan);
   if (!samples.ok()) C10_THROW_ERROR(DistBackendError, who_ + " " + samples.status().message());
   session->group->adopt(samples.value());

@@ -1,4 +1,4 @@
-// All-reduce in two levels: ranks as threads' groups in one process, real shared memory, the
+// Collectives in two levels: ranks as threads' groups in one process, real shared memory, the
 // simulated network in real time.
 #include "collective/two_level.h"
 
@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <random>
 
 #include "engine/engine.h"
@@ -151,6 +152,143 @@ TEST(TwoLevel, HasTheBitsOfTheFlatSumOnEveryPlacementAndTopology) {
         }
       }
     }
+  }
+}
+
+/// One collective on all ranks; what rank r has is in(r), what it gets in out(r).
+struct Case {
+  SimCluster& cluster;
+  DataType dtype;
+  ReduceOp op;
+  std::vector<std::size_t> counts;  // of the parts, by rank
+  Rank root;
+
+  std::size_t total() const { return std::accumulate(counts.begin(), counts.end(), 0UL); }
+  std::size_t bytes(std::size_t count) const { return count * sizeOf(dtype); }
+  std::size_t before(Rank rank) const {
+    return bytes(std::accumulate(counts.begin(), counts.begin() + rank, 0UL));
+  }
+  Memory part(const Memory& whole, Rank rank) const {
+    const auto from = whole.begin() + static_cast<std::ptrdiff_t>(before(rank));
+    return {from, from + static_cast<std::ptrdiff_t>(bytes(counts[rank]))};
+  }
+
+  void reduce(const std::vector<Memory>& inputs, const Memory& sum) {
+    auto data = inputs;
+    run([&](Rank r, Ends& ends) {
+      cluster.group(r).reduce(data[r].data(), data[r].data(), total(), dtype, op, root, within(),
+                              ends.of(r));
+    });
+    for (Rank r = 0; r < cluster.workers(); ++r) {
+      ASSERT_TRUE(data[r] == (r == root ? sum : inputs[r])) << "reduce, rank " << r;
+    }
+  }
+  void broadcast(const std::vector<Memory>& inputs) {
+    auto data = inputs;
+    run([&](Rank r, Ends& ends) {
+      cluster.group(r).broadcast(data[r].data(), total(), dtype, root, within(), ends.of(r));
+    });
+    for (const Memory& one : data) ASSERT_TRUE(one == inputs[root]) << "broadcast";
+  }
+  void allGather(const std::vector<Memory>& inputs) {
+    std::vector<Memory> outs(inputs.size(), Memory(bytes(total())));
+    Memory expected;
+    for (Rank r = 0; r < cluster.workers(); ++r) {
+      const Memory own = part(inputs[r], r);
+      expected.insert(expected.end(), own.begin(), own.end());
+    }
+    run([&](Rank r, Ends& ends) {
+      std::vector<void*> parts;
+      for (Rank p = 0; p < cluster.workers(); ++p) parts.push_back(outs[r].data() + before(p));
+      cluster.group(r).allGather(inputs[r].data() + before(r), parts, counts, dtype, within(),
+                                 ends.of(r));
+    });
+    for (const Memory& out : outs) ASSERT_TRUE(out == expected) << "all_gather";
+  }
+  void reduceScatter(const std::vector<Memory>& inputs, const Memory& sum) {
+    std::vector<Memory> outs;
+    for (const std::size_t count : counts) outs.emplace_back(bytes(count));
+    run([&](Rank r, Ends& ends) {
+      std::vector<const void*> parts;
+      for (Rank p = 0; p < cluster.workers(); ++p) parts.push_back(inputs[r].data() + before(p));
+      cluster.group(r).reduceScatter(parts, outs[r].data(), counts, dtype, op, within(),
+                                     ends.of(r));
+    });
+    for (Rank r = 0; r < cluster.workers(); ++r) {
+      ASSERT_TRUE(outs[r] == part(sum, r)) << "reduce_scatter, rank " << r;
+    }
+  }
+  template <class Call>
+  void run(const Call& call) {
+    Ends ends(static_cast<std::size_t>(cluster.workers()));
+    for (Rank r = 0; r < cluster.workers(); ++r) call(r, ends);
+    ASSERT_TRUE(ends.wait()) << "a rank hangs";
+    ends.expectOk();
+  }
+};
+
+TEST(TwoLevel, EveryCollectiveThatHasTwoLevelsGivesWhatItGivesInOne) {
+  std::mt19937 random(5);
+  for (const auto& places : kPlaces) {
+    const auto n = static_cast<Rank>(places.size());
+    for (const Topology& topology : kTopologies) {
+      SCOPED_TRACE(std::string(topology.name) + " on " + std::to_string(n));
+      ClusterOptions options = clusterOf(places, topology);
+      for (const Carrier carrier : {Carrier::kAuto, Carrier::kGrpc}) {
+        options.settings.carrier = carrier;
+        SimCluster cluster(options);
+        for (const auto& [dtype, op] : {std::pair(DataType::kFloat32, ReduceOp::kSum),
+                                        std::pair(DataType::kBFloat16, ReduceOp::kAvg),
+                                        std::pair(DataType::kInt8, ReduceOp::kMax)}) {
+          Case one{cluster, dtype, op, {}, static_cast<Rank>(random() % n)};
+          // Of very different lengths, some empty.
+          for (Rank r = 0; r < n; ++r) {
+            one.counts.push_back(r == 1 ? 0 : random() % (r == 2 ? 200 : 30'000));
+          }
+          const auto inputs = anyInputs(places.size(), dtype, one.total(), random);
+          const Memory sum = sumOf(places, inputs, dtype, op);
+          one.reduce(inputs, sum);
+          one.broadcast(inputs);
+          one.allGather(inputs);
+          one.reduceScatter(inputs, sum);
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+// A host's ranks have what they push and pull in common: what one of two would send alone.
+TEST(TwoLevel, EveryByteCrossesBetweenHostsOnce) {
+  const std::vector<std::string>& places = kPlaces[0];  // two hosts of two ranks
+  constexpr std::size_t kCount = 100'000;
+  for (const auto& [carrier, times] :
+       {std::pair(Carrier::kAuto, 1), std::pair(Carrier::kGrpc, 2)}) {
+    ClusterOptions options = clusterOf(places, kTopologies[0]);
+    options.settings.carrier = carrier;
+    SimCluster cluster(options);
+    std::mt19937 random(6);
+    Case one{cluster, DataType::kFloat32, ReduceOp::kSum, std::vector<std::size_t>(4, kCount), 0};
+    const auto inputs = anyInputs(4, DataType::kFloat32, 4 * kCount, random);
+    const auto pushed = [&] {
+      std::uint64_t total = 0;
+      for (Rank r = 0; r < 4; ++r) total += cluster.group(r).counters().pushed_bytes;
+      return total;
+    };
+    one.reduceScatter(inputs, sumOf(places, inputs, DataType::kFloat32, ReduceOp::kSum));
+    // Each host's sum of all parts, own parts to itself included; flat: each rank's.
+    EXPECT_EQ(pushed(), 2 * times * one.bytes(one.total()));
+    const std::uint64_t before = pushed();
+    one.broadcast(inputs);
+    one.allGather(inputs);
+    EXPECT_EQ(pushed() - before, 2 * one.bytes(one.total()));
+    std::uint64_t pulled = 0;
+    for (Rank r = 0; r < 4; ++r) pulled += cluster.group(r).counters().pulled_bytes;
+    // Reduce-scatter: every part once. Broadcast: the other host, or three ranks. All-gather: each
+    // host the other's two parts, or each rank three.
+    const std::size_t whole = one.bytes(one.total());
+    EXPECT_EQ(pulled,
+              carrier == Carrier::kAuto ? whole + whole + whole : whole + 3 * whole + 3 * whole);
   }
 }
 
@@ -360,27 +498,30 @@ TEST(TwoLevelShape, EveryByteGoesOnOneRailOnceInEveryPlacement) {
     const collective::ShardMap rails(servers > 0 ? Algorithm::kMixed : Algorithm::kDirect,
                                      static_cast<std::uint32_t>(placement.hosts()), servers, 4096,
                                      0);
-    const std::size_t nbytes = 4 * (1 + random() % 60'000);
-    // What each rank pushes of every chunk: equal on the carriers of a rail.
-    std::map<std::pair<Rank, std::uint32_t>, std::vector<std::pair<std::uint64_t, std::uint64_t>>>
+    const std::size_t nbytes = 4 * (200 + random() % 60'000);
+    Memory tensor(nbytes);
+    const auto strips = collective::sharedStrips(placement, tensor.data(), tensor.data(), nbytes,
+                                                 kAllRanks, kAllRanks);
+    // What each rank pushes of every chunk, from where in the tensor: equal on the carriers of a
+    // rail.
+    std::map<std::pair<std::uint64_t, std::uint32_t>,
+             std::vector<std::pair<std::uint64_t, std::uint64_t>>>
         chunks;
     for (Rank rank = 0; rank < n; ++rank) {
       collective::Operation::Info info;
       info.call.dtype = DataType::kFloat32;
       info.seq = 7;
       info.done = [](const Status&) {};
-      Memory area(nbytes);
-      collective::TwoLevel::Shape shape{&placement, rank, &rails, 8192, nbytes};
-      const auto operation =
-          std::make_shared<collective::TwoLevel>(info, shape, area.data(), area.data());
+      Memory area(8192);
+      const collective::TwoLevel::Shape shape{&placement, rank, &rails, 8192};
+      const auto operation = std::make_shared<collective::TwoLevel>(info, shape, strips);
       for (std::uint64_t segment = 0; segment < operation->segments(); ++segment) {
-        std::uint64_t at = 0;
-        for (Rank share = 0; share < operation->shares(); ++share) {
-          ASSERT_EQ(operation->share(segment, share).offset, at);
-          at += operation->share(segment, share).length;
+        std::uint64_t end = 0;
+        for (std::size_t strip = 0; strip < strips.size(); ++strip) {
+          ASSERT_GE(operation->areaOffset(strip), end) << "slices overlap";
+          end = operation->areaOffset(strip) + operation->slice(segment, strip).length;
         }
-        ASSERT_EQ(at, operation->segment(segment).length);
-        ASSERT_LE(at, 8192u + 64);
+        ASSERT_LE(end, 8192u);
       }
       const auto cursors = operation->cursors(0);
       for (std::size_t i = 1; i < cursors.size(); ++i) {  // behind the empty chunk
@@ -393,9 +534,12 @@ TEST(TwoLevelShape, EveryByteGoesOnOneRailOnceInEveryPlacement) {
           }
           const collective::Piece piece = operation->piece(cursor.transfer, 0, r);
           ASSERT_TRUE(isRail(piece.frame.pusher));
-          ASSERT_TRUE(placement.carries(rank, shareOf(piece.frame.pusher)));
-          chunks[{shareOf(piece.frame.pusher), piece.frame.slot.chunk}].emplace_back(
-              piece.frame.offset, piece.frame.length);
+          ASSERT_EQ(piece.frame.puller, piece.frame.pusher);
+          const Rank share = shareOf(piece.frame.pusher);
+          ASSERT_TRUE(placement.carries(rank, share));
+          const auto begin = static_cast<std::uint64_t>(strips[share].in - tensor.data());
+          chunks[{piece.frame.slot.lane, piece.frame.slot.chunk}].emplace_back(
+              begin + piece.frame.offset, piece.frame.length);
         }
       }
     }

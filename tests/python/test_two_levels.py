@@ -70,6 +70,26 @@ def check_many(placement: str) -> None:
         assert torch.equal(tensor, sum_by_host(placement, seed, count, torch.float32)), count
 
 
+def check_others(placement: str, count: int) -> None:
+    """The other collectives that have two levels; `count`: of a rank's part."""
+    rank, n = dist.get_rank(), len(placement)
+    whole = contribution(rank, 3, n * count, torch.float32)
+    total = sum_by_host(placement, 3, n * count, torch.float32)
+    part = torch.empty(count)
+    dist.reduce_scatter_tensor(part, whole)
+    assert torch.equal(part, total[rank * count : (rank + 1) * count]), "reduce_scatter"
+    gathered = torch.empty(n * count)
+    dist.all_gather_into_tensor(gathered, part)
+    assert torch.equal(gathered, total), "all_gather"
+    for root in range(n):
+        reduced = whole.clone()
+        dist.reduce(reduced, root)
+        assert torch.equal(reduced, total if rank == root else whole), "reduce"
+        sent = contribution(rank, 4, count, torch.bfloat16)
+        dist.broadcast(sent, root)
+        assert torch.equal(sent, contribution(root, 4, count, torch.bfloat16)), "broadcast"
+
+
 def shared_memory_maps() -> int:
     """Of this process."""
     with open("/proc/self/maps") as maps:
@@ -85,6 +105,8 @@ def test_the_bits_are_those_of_the_documented_order(
             for dtype in BITS:
                 ranks.call(check_bits, placement, count, count, dtype, count == 100_003)
         ranks.call(check_many, placement)
+        for count in (20, 30_001, 300_000):
+            ranks.call(check_others, placement, count)
         maps = ranks.call(shared_memory_maps)
         assert [number > 0 for number in maps] == [placement.count(place) > 1 for place in placement]
 
@@ -94,6 +116,7 @@ def test_without_shared_memory_the_bits_are_the_same() -> None:
         for dtype in BITS:
             ranks.call(check_bits, "aabb", 5, 200_000, dtype, False)
         ranks.call(check_many, "aabb")
+        ranks.call(check_others, "aabb", 100_001)
         assert ranks.call(shared_memory_maps) == [0, 0, 0, 0]
 
 
