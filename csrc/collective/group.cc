@@ -77,7 +77,8 @@ class GroupHandle final : public Group, private CallChecks {
       return;
     }
     const std::size_t nbytes = count * sizeOf(dtype);
-    if (const ShardMap* rails = state_->rails(route, nbytes)) {
+    const bool measured = options.algorithm.has_value();
+    if (const ShardMap* rails = state_->rails(route, nbytes, false)) {
       state_->runTwoLevel(
           call, *rails,
           sharedStrips(state_->placement(), bytes(in), bytes(out), nbytes, kAllRanks, kAllRanks),
@@ -86,7 +87,7 @@ class GroupHandle final : public Group, private CallChecks {
     }
     state_->run(call, wire::kCollectiveLane, std::move(options), std::move(done),
                 [&](std::uint64_t seq) {
-                  std::vector<Transfer> transfers = mapped(route, nbytes, seq);
+                  std::vector<Transfer> transfers = mapped(route, nbytes, seq, measured);
                   Transfer& all = transfers.back();
                   all.depth = state_->depth(route, all.plan);
                   all.in = bytes(in);
@@ -100,7 +101,7 @@ class GroupHandle final : public Group, private CallChecks {
     if (!checkOp(op, dtype, done) || !checkRank("root", root, done)) return;
     const wire::Call call =
         makeCall(Collective::kReduce, op, dtype, options.whole_count.value_or(count), root);
-    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype))) {
+    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype), false)) {
       state_->runTwoLevel(
           call, *rails,
           sharedStrips(state_->placement(), bytes(in), rank_ == root ? bytes(out) : nullptr,
@@ -125,7 +126,7 @@ class GroupHandle final : public Group, private CallChecks {
     if (!checkRank("root", root, done)) return;
     const wire::Call call = makeCall(Collective::kBroadcast, ReduceOp::kNone, dtype,
                                      options.whole_count.value_or(count), root);
-    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype))) {
+    if (const ShardMap* rails = state_->rails(routeOf(call), count * sizeOf(dtype), false)) {
       std::byte* const at = bytes(data);
       state_->runTwoLevel(
           call, *rails,
@@ -164,7 +165,7 @@ class GroupHandle final : public Group, private CallChecks {
     const std::uint64_t lane =
         options.second_step ? wire::stepLane(*options.second_step) : wire::kCollectiveLane;
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
-    const ShardMap* const rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype));
+    const ShardMap* const rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype), true);
     if (rails != nullptr && lane == wire::kCollectiveLane) {
       std::vector<const std::byte*> ins(static_cast<std::size_t>(n_));
       std::vector<std::byte*> others;
@@ -200,7 +201,7 @@ class GroupHandle final : public Group, private CallChecks {
     }
     const wire::Call call =
         makeCall(Collective::kReduceScatter, op, dtype, options.whole_count.value_or(sum(counts)));
-    if (const ShardMap* rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype))) {
+    if (const ShardMap* rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype), true)) {
       std::vector<const std::byte*> all;
       for (const void* in : ins) all.push_back(bytes(in));
       std::vector<std::byte*> outs(static_cast<std::size_t>(n_));
@@ -350,11 +351,12 @@ class GroupHandle final : public Group, private CallChecks {
 
   /// Over all owners of a route, everybody pushes and pulls: the last of the transfers, which
   /// begins at the coordinator, or stands behind an empty chunk 0 there if its owners are others.
-  std::vector<Transfer> mapped(const Routes::Route& route, std::size_t nbytes,
-                               std::uint64_t seq) const {
+  /// `measured`: as if the group had no other way, with a coordinator among its own owners.
+  std::vector<Transfer> mapped(const Routes::Route& route, std::size_t nbytes, std::uint64_t seq,
+                               bool measured = false) const {
     const Routes& routes = state_->routes();
     const ShardMap& map = routes.mapOf(route);
-    const OwnerIndex coordinator = routes.coordinator(seq);
+    const OwnerIndex coordinator = measured ? map.coordinator(seq) : routes.coordinator(seq);
     const bool meets = map.owns(coordinator);
     std::vector<Transfer> transfers;
     if (!meets) transfers = compared(seq);
@@ -381,7 +383,7 @@ class GroupHandle final : public Group, private CallChecks {
   /// One owner, everybody pushes and pulls; behind chunk 0, where the calls are compared.
   Transfer owned(OwnerIndex owner, std::size_t nbytes) const {
     Transfer transfer;
-    transfer.plan = state_->map().planFor(owner, nbytes);
+    transfer.plan = state_->planFor(owner, nbytes);
     transfer.first_chunk = 1;
     return transfer;
   }
@@ -389,7 +391,7 @@ class GroupHandle final : public Group, private CallChecks {
   /// The empty chunk 0 in which all ranks show what they call.
   std::vector<Transfer> compared(std::uint64_t seq) const {
     Transfer transfer;
-    transfer.plan = state_->map().planFor(state_->routes().coordinator(seq), 0);
+    transfer.plan = state_->planFor(state_->routes().coordinator(seq), 0);
     return {std::move(transfer)};
   }
 
@@ -431,7 +433,7 @@ class GroupHandle final : public Group, private CallChecks {
         call, lane, std::move(options), std::move(done),
         [&](std::uint64_t) {
           Transfer all;
-          all.plan = state->map().planFor(to, count * sizeOf(dtype));
+          all.plan = state->planFor(to, count * sizeOf(dtype));
           all.lane = lane;
           all.pusher = from;
           all.puller = to;

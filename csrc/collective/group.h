@@ -74,7 +74,9 @@ struct CallOptions {
   /// This is the second step of the collective with that number (which told its size): it may start
   /// at any time, and does not count as a call in the order of calls.
   std::optional<std::uint64_t> second_step;
-  /// Of an all-reduce, whatever its size: one of those that the group may choose, else ignored.
+  /// Of an all-reduce, whatever its size: one of those that the group may choose, else ignored. All
+  /// ranks must name the same: the call goes as in a group that knows no other way, and ranks that
+  /// disagree about it may not meet before the timeout.
   std::optional<Algorithm> algorithm;
 };
 

@@ -145,6 +145,8 @@ void GroupState::start() {
   const std::string text = settingsText(config_, routes_, placement_);
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
+    const std::size_t window = routes_.windowBytes(owner);
+    smallest_window_ = owner == 0 ? window : std::min(smallest_window_, window);
   }
   // All owners at once: a rank that dies is noticed by each of them. Own reducer too, for send and
   // recv.
@@ -153,6 +155,12 @@ void GroupState::start() {
   ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
     if (const auto self = weak.lock()) self->tick(now);
   });
+}
+
+Plan GroupState::planFor(OwnerIndex owner, std::uint64_t nbytes) const {
+  Plan plan = routes_.map().planFor(owner, nbytes);
+  plan.limit(routes_.windowBytes(owner));  // which may be that of another of the maps
+  return plan;
 }
 
 std::uint64_t GroupState::nextNumber(std::uint64_t lane) {
@@ -255,9 +263,9 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
   launch(call, wire::stepLane(number), std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const OwnerIndex next = (config_.rank + 1) % config_.world_size;
-           const auto ring = std::make_shared<RingAllReduce>(std::move(info), out, config_.rank,
-                                                             config_.world_size, map().chunkBytes(),
-                                                             links_[next]);
+           const auto ring = std::make_shared<RingAllReduce>(
+               std::move(info), out, config_.rank, config_.world_size, routes_.map().chunkBytes(),
+               links_[next]);
            operation = ring;
            Queued queued;
            for (Cursor& cursor : ring->pulls())
@@ -269,11 +277,13 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
 
 // ------------------------------------------------------------------ two levels
 
-const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes) const {
+const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes,
+                                  bool owned) const {
   if (rails_.empty()) return nullptr;
-  const std::size_t segment = segmentBytes(placement_, config_.settings.chunk_bytes);
-  const bool fits = fitStrips(segment, static_cast<std::size_t>(config_.world_size));
-  return fits && nbytes >= std::min(kTwoLevelBytesMin, segment) ? &rails_[route.map] : nullptr;
+  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
+  if (nbytes < std::min(kTwoLevelBytesMin, segmentBytes(placement_, chunk_bytes))) return nullptr;
+  if (owned && ownedSegmentBytes(placement_, chunk_bytes) == 0) return nullptr;
+  return &rails_[route.map];
 }
 
 void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
@@ -285,7 +295,11 @@ void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
            shape.placement = &placement_;
            shape.rank = config_.rank;
            shape.rails = &rails;
-           shape.segment_bytes = segmentBytes(placement_, config_.settings.chunk_bytes);
+           const std::size_t chunk_bytes = config_.settings.chunk_bytes;
+           shape.segment_bytes = strips[0].owner == kAllRanks
+                                     ? segmentBytes(placement_, chunk_bytes)
+                                     : ownedSegmentBytes(placement_, chunk_bytes);
+           shape.window_bytes = smallest_window_;
            const auto levels =
                std::make_shared<TwoLevel>(std::move(info), shape, std::move(strips));
            operation = levels;
@@ -305,7 +319,9 @@ std::shared_ptr<HostStage> GroupState::makeStage() {
   stage.place = static_cast<std::uint32_t>(std::find(ranks.begin(), ranks.end(), config_.rank) -
                                            ranks.begin());
   stage.ranks.assign(ranks.begin(), ranks.end());
-  stage.segment_bytes = segmentBytes(placement_, config_.settings.chunk_bytes);
+  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
+  stage.segment_bytes =
+      std::max(segmentBytes(placement_, chunk_bytes), ownedSegmentBytes(placement_, chunk_bytes));
   stage.fail = [weak = weak_from_this()](const std::shared_ptr<Operation>& operation,
                                          const Status& why) {
     if (const auto self = weak.lock()) self->fail(operation, why);

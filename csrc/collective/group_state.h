@@ -56,8 +56,9 @@ class GroupState final : public LinkEvents,
   void runRing(const wire::Call& call, std::byte* out, std::uint64_t number, CallOptions options,
                Done done);
 
-  /// What a collective of so many bytes goes by in two levels; null: in one. Equal on all ranks.
-  const ShardMap* rails(const Routes::Route& route, std::size_t nbytes) const;
+  /// What a collective of so many bytes goes by in two levels; null: in one. `owned`: with a strip
+  /// for each rank. Equal on all ranks.
+  const ShardMap* rails(const Routes::Route& route, std::size_t nbytes, bool owned) const;
   const Placement& placement() const { return placement_; }
   void runTwoLevel(const wire::Call& call, const ShardMap& rails, std::vector<Strip> strips,
                    CallOptions options, Done done);
@@ -85,7 +86,8 @@ class GroupState final : public LinkEvents,
 
   const GroupConfig& config() const { return config_; }
   const Routes& routes() const { return routes_; }
-  const ShardMap& map() const { return routes_.map(); }
+  /// A transfer that one owner has to itself.
+  Plan planFor(OwnerIndex owner, std::uint64_t nbytes) const;
   std::uint64_t sequence() const { return sequence_; }
   GroupCounters counters();
 
@@ -118,6 +120,7 @@ class GroupState final : public LinkEvents,
   const std::vector<ShardMap> rails_;           // by Route::map; empty: there is one level
   std::vector<std::shared_ptr<Depth>> depths_;  // two by Route::map; constant
   std::vector<std::shared_ptr<Link>> links_;    // by OwnerIndex; constant after start()
+  std::size_t smallest_window_ = 0;             // of the links
 
   std::mutex mutex_;
   std::map<OperationId, std::weak_ptr<Operation>> operations_;

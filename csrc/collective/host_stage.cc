@@ -62,11 +62,14 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
 
   std::string waitsFor(const TwoLevel& operation) {
     const std::uint64_t index = operation.segmentsSummed();
+    if (index == operation.segments()) return "";
+    const SegmentKey key = keyOf(operation.info().seq, index);
     std::string missing;
     const std::lock_guard lock(mutex_);
+    // Who has not brought its own part waits for something else first.
+    if (memory_ && own().find(key, HostBoard::kBrought) == nullptr) return "";
     for (std::size_t place = 0; place < config_.ranks.size(); ++place) {
-      const SegmentKey key = keyOf(operation.info().seq, index);
-      if (place == config_.place || index == operation.segments()) continue;
+      if (place == config_.place) continue;
       if (memory_ && memory_->board(place).find(key, HostBoard::kBrought) != nullptr) continue;
       missing += (missing.empty() ? "" : ", ") + std::string("rank ") +
                  std::to_string(config_.ranks[place]);

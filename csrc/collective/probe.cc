@@ -9,13 +9,17 @@
 namespace reducer::collective {
 namespace {
 
+/// All-reduces of one size: in every block one that does not count and `in_block` that do.
 struct Size {
   std::size_t nbytes;
-  int times;
+  int in_block;
+  int blocks;
+  int turns() const { return blocks * (in_block + 1); }
 };
 
-// One that shows latency, two around the sizes where the ways part, one that shows bandwidth.
-constexpr Size kSizes[] = {{1 << 10, 21}, {32 << 10, 15}, {256 << 10, 11}, {2 << 20, 3}};
+// One that shows latency, three around the sizes where the ways part, one that shows bandwidth.
+constexpr Size kSizes[] = {
+    {1 << 10, 10, 2}, {16 << 10, 8, 2}, {64 << 10, 8, 2}, {256 << 10, 5, 2}, {2 << 20, 3, 1}};
 
 /// The end of one operation, waited for by the thread that started it.
 class Ending {
@@ -68,9 +72,9 @@ class Probe {
   Result<std::vector<Sample>> run() {
     std::vector<Sample> samples;
     std::int64_t spent = 0;
-    std::int64_t last = 0;  // of one turn of all ways
+    std::int64_t last = 0;  // of one all-reduce in each way
     for (const Size& size : kSizes) {
-      const std::int64_t turns = size.times + 1;
+      const std::int64_t turns = size.turns();
       const auto scale = static_cast<std::int64_t>(last == 0 ? 1 : size.nbytes / last_nbytes_);
       if (spent + last * scale * turns > std::chrono::nanoseconds(plan_.budget).count()) break;
       Result<std::vector<std::int64_t>> medians = measure(size);
@@ -97,15 +101,19 @@ class Probe {
   /// The median of each way, of the rank for which it is largest.
   Result<std::vector<std::int64_t>> measure(const Size& size) {
     std::vector<std::vector<std::int64_t>> times(plan_.ways.size());
-    for (int turn = 0; turn <= size.times; ++turn) {
+    // In blocks, as in use, where a way follows upon itself, and several, since hosts are not as
+    // busy at all times.
+    for (int block = 0; block < size.blocks; ++block) {
       for (std::size_t way = 0; way < plan_.ways.size(); ++way) {
-        const auto begin = std::chrono::steady_clock::now();
-        if (Status status = allReduce(size.nbytes / sizeof(float), plan_.ways[way]); !status.ok())
-          return status;
-        const auto took = std::chrono::steady_clock::now() - begin;
-        // The first turn makes connections and memory.
-        if (turn > 0)
-          times[way].push_back(std::chrono::duration_cast<std::chrono::nanoseconds>(took).count());
+        for (int turn = 0; turn <= size.in_block; ++turn) {
+          const auto begin = std::chrono::steady_clock::now();
+          if (Status status = allReduce(size.nbytes / sizeof(float), plan_.ways[way]); !status.ok())
+            return status;
+          const auto took = std::chrono::steady_clock::now() - begin;
+          if (turn > 0)
+            times[way].push_back(
+                std::chrono::duration_cast<std::chrono::nanoseconds>(took).count());
+        }
       }
     }
     const auto medians = std::make_shared<std::vector<std::int64_t>>();

@@ -58,16 +58,22 @@ Routes::Routes(const Settings& settings, const Nics& nics) : settings_(settings)
         more_.push_back(routeOf(within(range, way, settings_)));
     }
   }
-  if (!more_.empty()) {
-    coordinators_ = maps_[more_.front().map].owners();  // small calls will mostly be `direct`
-  }
-  std::vector<OwnerIndex> common = coordinators_;
   for (const ShardMap& map : maps_) {
     std::vector<OwnerIndex> all;
     std::set_union(owners_.begin(), owners_.end(), map.owners().begin(), map.owners().end(),
                    std::back_inserter(all));
     owners_.swap(all);
-    std::erase_if(common, [&](OwnerIndex owner) { return !map.owns(owner); });
+  }
+  chooseCoordinators();
+}
+
+// Those of the smallest calls, to which an empty chunk more would cost most, and of them the ones
+// that all ways have, if there are such.
+void Routes::chooseCoordinators() {
+  coordinators_ = maps_[routes_.front().map].owners();
+  std::vector<OwnerIndex> common = coordinators_;
+  for (const Route& route : routes_) {
+    std::erase_if(common, [&](OwnerIndex owner) { return !maps_[route.map].owns(owner); });
   }
   if (!common.empty()) coordinators_.swap(common);
 }
@@ -93,6 +99,7 @@ void Routes::adopt(const std::vector<Sample>& samples) {
   routes_.clear();
   for (const SizeRange& range : resolved(settings_, nics_)) routes_.push_back(routeOf(range));
   REDUCER_CHECK(maps_.size() == maps);  // transfers and links know these maps
+  chooseCoordinators();
 }
 
 const Routes::Route& Routes::by(Algorithm algorithm) const {

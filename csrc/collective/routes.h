@@ -15,9 +15,9 @@ namespace reducer::collective {
 /// for adopt(), during which nothing else may be called.
 ///
 /// Ranks that disagree must meet, whatever way each one's call would go. So the coordinator of an
-/// operation, where calls are compared, depends on its number alone: it is an owner of every map if
-/// there is one, else of the map of the smallest calls, which an empty chunk beside their data
-/// would cost most.
+/// operation, where calls are compared, depends on its number alone: it is an owner of every map in
+/// use if there is one, else of the map of the smallest calls, which an empty chunk beside their
+/// data would cost most.
 class Routes {
  public:
   struct Route {
@@ -63,6 +63,7 @@ class Routes {
  private:
   /// The route of a range; its map is made if there is none like it.
   Route routeOf(const SizeRange& range);
+  void chooseCoordinators();
 
   Settings settings_;
   const Nics nics_;

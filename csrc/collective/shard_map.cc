@@ -59,6 +59,15 @@ Span Plan::span(std::uint64_t of_nbytes, std::uint64_t round, std::size_t positi
   return {begin, boundary(of_nbytes, round, position + 1) - begin};
 }
 
+void Plan::limit(std::uint64_t chunk_bytes_max) {
+  std::uint64_t weight_max = 0;
+  for (std::size_t i = 0; i < owners.size(); ++i) {
+    weight_max = std::max(weight_max, before[i + 1] - before[i]);
+  }
+  const std::uint64_t most = chunk_bytes_max - kAlign;  // aligning may add that
+  rounds = std::max(rounds, (scaled(nbytes, weight_max, before.back()) + most - 1) / most);
+}
+
 Algorithm ShardMap::resolve(Algorithm algorithm, std::uint32_t k) {
   if (algorithm != Algorithm::kAuto) return algorithm;
   return k > 0 ? Algorithm::kMixed : Algorithm::kDirect;

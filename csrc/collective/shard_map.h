@@ -32,6 +32,8 @@ class Plan {
   }
   /// The same of a transfer of another size, cut in as many rounds.
   Span span(std::uint64_t of_nbytes, std::uint64_t round, std::size_t position) const;
+  /// Cuts it in more rounds, if need be, so that no chunk is longer.
+  void limit(std::uint64_t chunk_bytes_max);
 
   std::vector<OwnerIndex> owners;  ///< by position
   std::vector<std::uint64_t>

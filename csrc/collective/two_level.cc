@@ -12,9 +12,14 @@ namespace {
 
 constexpr std::uint64_t kAlign = 64;
 
-// Of all ranks of a host together in shared memory, at most; and of a segment.
+// Of all ranks of a host together in shared memory, at most; and of a segment. Where every rank has
+// a strip, a segment must hold a slice of each.
 constexpr std::size_t kHostBytesMax = std::size_t{64} << 20;
+constexpr std::size_t kOwnedHostBytesMax = std::size_t{512} << 20;
 constexpr std::size_t kSegmentBytesMax = std::size_t{1} << 20;
+
+// What a slice of an owned strip has at least: less would cost a frame without saving anything.
+constexpr std::uint64_t kOwnedSliceMin = 4096;
 
 // Cursor::transfer: of the empty chunk; streams are counted from 0.
 constexpr std::uint32_t kShow = std::numeric_limits<std::uint32_t>::max();
@@ -24,6 +29,11 @@ std::uint64_t boundary(std::uint64_t nbytes, std::uint64_t i, std::uint64_t n) {
   if (i == n) return nbytes;
   return static_cast<std::uint64_t>(static_cast<unsigned __int128>(nbytes) * i / n) / kAlign *
          kAlign;
+}
+
+Span part(std::uint64_t nbytes, std::uint64_t i, std::uint64_t n) {
+  const std::uint64_t begin = boundary(nbytes, i, n);
+  return {begin, boundary(nbytes, i + 1, n) - begin};
 }
 
 // A slice may be longer than its part of the segment, by aligning its two ends, and is padded.
@@ -44,7 +54,12 @@ std::uint64_t fingerprintOf(const wire::Call& call, const std::vector<Strip>& st
         static_cast<std::uint64_t>(call.root), call.count}) {
     hash = mixed(hash, value);
   }
-  for (const Strip& strip : strips) hash = mixed(mixed(hash, strip.share), strip.nbytes);
+  for (const Strip& strip : strips) {
+    for (const Rank rank : {strip.share, strip.source, strip.sink, strip.owner}) {
+      hash = mixed(hash, static_cast<std::uint64_t>(rank));
+    }
+    hash = mixed(hash, strip.nbytes);
+  }
   return hash;
 }
 
@@ -55,6 +70,14 @@ std::size_t segmentBytes(const Placement& placement, std::size_t chunk_bytes) {
   std::size_t most = std::min(kSegmentBytesMax, kHostBytesMax / kSegmentsInFlight / ranks);
   if (chunk_bytes != 0) most = std::min(most, 4 * ranks * chunk_bytes);
   return std::max<std::size_t>(most / kAlign * kAlign, kMinChunkBytes);
+}
+
+std::size_t ownedSegmentBytes(const Placement& placement, std::size_t chunk_bytes) {
+  const auto ranks = static_cast<std::size_t>(placement.widest());
+  const std::size_t slices =
+      static_cast<std::size_t>(placement.worldSize()) * (kOwnedSliceMin + kSlack);
+  const std::size_t wanted = std::max(segmentBytes(placement, chunk_bytes), 2 * slices);
+  return wanted * kSegmentsInFlight * ranks <= kOwnedHostBytesMax ? wanted : 0;
 }
 
 class TwoLevel::Hold {
@@ -76,10 +99,6 @@ class TwoLevel::Hold {
   const std::shared_ptr<TwoLevel> operation_;
   const std::size_t slot_;
 };
-
-bool fitStrips(std::size_t segment_bytes, std::size_t strips) {
-  return 2 * strips * kSlack <= segment_bytes;
-}
 
 std::vector<Strip> sharedStrips(const Placement& placement, const std::byte* in, std::byte* out,
                                 std::uint64_t nbytes, Rank source, Rank sink) {
@@ -131,62 +150,85 @@ TwoLevel::TwoLevel(Info info, const Shape& shape, std::vector<Strip> strips)
       strips_(std::move(strips)) {
   layOut(shape.segment_bytes);
   fingerprint_ = fingerprintOf(this->info().call, strips_);
-  std::uint64_t longest = 0;
-  for (const Strip& strip : strips_) longest = std::max(longest, strip.nbytes);
-  longest = std::min(longest, longest / segments_ + 2 * kAlign);
-  plan_ = strips_[0].owner == kAllRanks ? shape.rails->plan(longest, this->info().seq)
-                                        : shape.rails->planFor(0, longest);
-  const auto hosts = static_cast<OwnerIndex>(placement_.hosts());
-  for (std::uint32_t position = 0; position < plan_.owners.size(); ++position) {
-    const OwnerIndex planned = plan_.owners[position];
-    for (std::uint32_t i = 0; i < strips_.size(); ++i) {
-      const Strip& strip = strips_[i];
-      REDUCER_CHECK((strip.owner == kAllRanks) == (strips_[0].owner == kAllRanks));
-      if (!placement_.carries(rank_, strip.share)) continue;
-      // A rail's part that a host owns is its carrier's: what that one pushes stays in its process.
-      if (strip.owner != kAllRanks) {
-        addItem(static_cast<OwnerIndex>(strip.owner), {i, position});
-      } else if (planned < hosts) {
-        const Rank carrier = placement_.carrier(static_cast<Rank>(planned), strip.share);
-        addItem(static_cast<OwnerIndex>(carrier), {i, position});
-      } else {
-        addItem(planned - hosts + static_cast<OwnerIndex>(placement_.worldSize()), {i, position});
-      }
-    }
+  if (owned()) {
+    addOwned(*shape.rails, shape.window_bytes);
+  } else {
+    addShared(*shape.rails, shape.window_bytes);
   }
+}
+
+std::uint64_t TwoLevel::segmentsOf(const Strip& strip) const {
+  if (!owned()) return segments_;
+  return std::min(segments_, (strip.nbytes + kOwnedSliceMin - 1) / kOwnedSliceMin);
+}
+
+std::uint64_t TwoLevel::sliceMax(const Strip& strip) const {
+  return std::min(strip.nbytes, strip.nbytes / segmentsOf(strip) + 2 * kAlign);
 }
 
 void TwoLevel::layOut(std::size_t segment_bytes) {
   std::uint64_t nbytes = 0;
-  for (const Strip& strip : strips_) nbytes += strip.nbytes;
-  REDUCER_CHECK(nbytes > 0 && fitStrips(segment_bytes, strips_.size()));
-  const std::uint64_t room = segment_bytes - strips_.size() * kSlack;
-  segments_ = (nbytes + room - 1) / room;
+  for (const Strip& strip : strips_) {
+    REDUCER_CHECK(strip.nbytes > 0 && (strip.owner != kAllRanks) == owned());
+    nbytes += strip.nbytes;
+  }
+  const std::uint64_t least = strips_.size() * (kSlack + (owned() ? kOwnedSliceMin : 0));
+  REDUCER_CHECK(nbytes > 0 && least < segment_bytes);
+  segments_ = (nbytes + segment_bytes - least - 1) / (segment_bytes - least);
   std::uint64_t end = 0;
   for (const Strip& strip : strips_) {
     area_offsets_.push_back(end);
-    end += aligned(std::min(strip.nbytes, strip.nbytes / segments_ + 2 * kAlign));
+    end += aligned(sliceMax(strip));
   }
   REDUCER_CHECK(end <= segment_bytes);
 }
 
-void TwoLevel::addItem(OwnerIndex owner, Item item) {
-  auto stream = std::find_if(streams_.begin(), streams_.end(),
-                             [owner](const Stream& s) { return s.owner == owner; });
-  if (stream == streams_.end()) {
-    stream = streams_.insert(streams_.end(), Stream{owner, {}});
+// A rail's part that a host owns is its carrier's: what that one pushes stays in its process.
+void TwoLevel::addShared(const ShardMap& rails, std::size_t window_bytes) {
+  std::uint64_t longest = 0;
+  for (const Strip& strip : strips_) longest = std::max(longest, sliceMax(strip));
+  plan_ = rails.plan(longest, info().seq);
+  plan_.limit(window_bytes);
+  const auto hosts = static_cast<OwnerIndex>(placement_.hosts());
+  for (std::uint32_t position = 0; position < plan_.owners.size(); ++position) {
+    const OwnerIndex planned = plan_.owners[position];
+    for (std::uint32_t i = 0; i < strips_.size(); ++i) {
+      const Rank share = strips_[i].share;
+      if (!placement_.carries(rank_, share)) continue;
+      const OwnerIndex owner =
+          planned < hosts
+              ? static_cast<OwnerIndex>(placement_.carrier(static_cast<Rank>(planned), share))
+              : planned - hosts + static_cast<OwnerIndex>(placement_.worldSize());
+      auto stream = std::find_if(streams_.begin(), streams_.end(),
+                                 [owner](const Stream& s) { return s.owner == owner; });
+      if (stream == streams_.end()) {
+        stream = streams_.insert(streams_.end(), Stream{owner, segments_, plan_.rounds, {}});
+        owners_.push_back(owner);
+      }
+      stream->items.push_back({i, position});
+    }
+  }
+}
+
+void TwoLevel::addOwned(const ShardMap& rails, std::size_t window_bytes) {
+  for (std::uint32_t i = 0; i < strips_.size(); ++i) {
+    const Strip& strip = strips_[i];
+    if (!placement_.carries(rank_, strip.share)) continue;
+    const auto owner = static_cast<OwnerIndex>(strip.owner);
+    Plan plan = rails.planFor(owner, sliceMax(strip));
+    plan.limit(window_bytes);
+    streams_.push_back(Stream{owner, segmentsOf(strip), plan.rounds, {{i, 0}}});
     owners_.push_back(owner);
   }
-  stream->items.push_back(item);
-  answers_ += static_cast<std::uint32_t>(plan_.rounds);
 }
 
 std::vector<std::pair<OwnerIndex, Cursor>> TwoLevel::cursors(OwnerIndex coordinator) {
   std::vector<std::pair<OwnerIndex, Cursor>> cursors;
   cursors.emplace_back(coordinator, Cursor{shared_from_this(), kShow, 0, 0, 1});
   for (std::uint32_t i = 0; i < streams_.size(); ++i) {
-    const std::uint64_t rounds = segments_ * streams_[i].items.size() * plan_.rounds;
-    cursors.emplace_back(streams_[i].owner, Cursor{shared_from_this(), i, 0, 0, rounds});
+    const Stream& stream = streams_[i];
+    const std::uint64_t rounds = stream.segments * stream.items.size() * stream.rounds;
+    cursors.emplace_back(stream.owner, Cursor{shared_from_this(), i, 0, 0, rounds});
   }
   return cursors;
 }
@@ -194,15 +236,16 @@ std::vector<std::pair<OwnerIndex, Cursor>> TwoLevel::cursors(OwnerIndex coordina
 // By segment, and within it by strip: every rank that carries two strips to one owner has them in
 // the same order, and the oldest piece of all waits for nothing that is behind another.
 TwoLevel::At TwoLevel::at(const Stream& stream, std::uint64_t round) const {
-  const std::uint64_t of_segment = stream.items.size() * plan_.rounds;
+  const std::uint64_t of_segment = stream.items.size() * stream.rounds;
   const std::uint64_t rest = round % of_segment;
-  return {round / of_segment, stream.items[rest / plan_.rounds], rest % plan_.rounds};
+  return {round / of_segment, stream.items[rest / stream.rounds], rest % stream.rounds};
 }
 
 Span TwoLevel::slice(std::uint64_t segment, std::size_t strip) const {
   const std::uint64_t nbytes = strips_[strip].nbytes;
-  const std::uint64_t begin = boundary(nbytes, segment, segments_);
-  return {begin, boundary(nbytes, segment + 1, segments_) - begin};
+  const std::uint64_t segments = segmentsOf(strips_[strip]);
+  if (segment >= segments) return {nbytes, 0};
+  return part(nbytes, segment, segments);
 }
 
 bool TwoLevel::ready(const Cursor& cursor) const {
@@ -215,17 +258,20 @@ Piece TwoLevel::piece(std::uint32_t transfer, std::uint32_t /*position*/, std::u
   piece.transfer = transfer;
   piece.frame = frame();
   if (transfer == kShow) return piece;
-  const auto [segment, item, within] = at(streams_[transfer], round);
+  const Stream& stream = streams_[transfer];
+  const auto [segment, item, within] = at(stream, round);
   piece.round = segment;
   const Strip& strip = strips_[item.strip];
   const Span slice = this->slice(segment, item.strip);
-  const Span span = plan_.span(slice.length, within, item.position);
+  const Span span = owned() ? part(slice.length, within, stream.rounds)
+                            : plan_.span(slice.length, within, item.position);
   // A carrier may be late because of another rank of its host. Who is missing shows in the empty
   // chunk.
   piece.frame.timeout_ms = 0;
-  piece.frame.slot.lane = wire::partLane(static_cast<Rank>(item.strip));
-  piece.frame.slot.chunk = static_cast<std::uint32_t>(segment * plan_.rounds * plan_.owners.size() +
-                                                      plan_.chunk(within, item.position));
+  piece.frame.slot.lane = wire::partLane(strip.owner == kAllRanks ? strip.share : strip.owner);
+  const std::uint64_t first = segment * stream.rounds * (owned() ? 1 : plan_.owners.size());
+  piece.frame.slot.chunk =
+      static_cast<std::uint32_t>(first + (owned() ? within : plan_.chunk(within, item.position)));
   const auto on_rail = [&](Rank rank) {
     return rank == kAllRanks ? rail(strip.share)
                              : placement_.carrier(placement_.hostOf(rank), strip.share);
@@ -267,7 +313,11 @@ void TwoLevel::summed(std::uint64_t index, std::byte* area, std::shared_ptr<cons
   REDUCER_CHECK(index == segmentsSummed());
   hold_ = std::move(hold);
   areas_[index % kSegmentsInFlight] = area;
-  pending_[index % kSegmentsInFlight] = answers_;
+  std::uint64_t answers = 0;
+  for (const Stream& stream : streams_) {
+    if (index < stream.segments) answers += stream.items.size() * stream.rounds;
+  }
+  pending_[index % kSegmentsInFlight] = static_cast<std::uint32_t>(answers);
   summed_.store(index + 1, std::memory_order_release);
 }
 

@@ -32,9 +32,8 @@ inline constexpr std::size_t kSegmentsInFlight = 4;
 /// Bytes of a segment, equal on all ranks. `chunk_bytes`: as set by the user, 0 if not; a small one
 /// makes segments small, too.
 std::size_t segmentBytes(const Placement& placement, std::size_t chunk_bytes);
-
-/// True if a segment has room for a slice of so many strips.
-bool fitStrips(std::size_t segment_bytes, std::size_t strips);
+/// The same of what has a strip for every rank, and so needs more room; 0: it is too much.
+std::size_t ownedSegmentBytes(const Placement& placement, std::size_t chunk_bytes);
 
 /// Bytes that one rail carries.
 struct Strip {
@@ -67,7 +66,8 @@ class TwoLevel final : public Operation {
     const Placement* placement = nullptr;
     Rank rank = 0;
     const ShardMap* rails = nullptr;  ///< its workers are hosts
-    std::size_t segment_bytes = 0;    ///< fitStrips()
+    std::size_t segment_bytes = 0;    ///< segmentBytes(), or ownedSegmentBytes()
+    std::size_t window_bytes = 0;     ///< no chunk may be larger
   };
 
   /// `strips`: at least one, of more than no bytes; all or none of them with an owner.
@@ -111,9 +111,11 @@ class TwoLevel final : public Operation {
     std::uint32_t strip;
     std::uint32_t position;  // in the plan
   };
-  /// What goes to one owner.
+  /// What goes to one owner: of each of so many segments, each item in so many rounds.
   struct Stream {
     OwnerIndex owner;
+    std::uint64_t segments;
+    std::uint64_t rounds;
     std::vector<Item> items;
   };
   /// Kept by a payload that is in a segment's area.
@@ -124,8 +126,14 @@ class TwoLevel final : public Operation {
     std::uint64_t round;
   };
   At at(const Stream& stream, std::uint64_t round) const;
+  bool owned() const { return strips_[0].owner != kAllRanks; }
+  /// Segments that have some of a strip: the first ones.
+  std::uint64_t segmentsOf(const Strip& strip) const;
+  /// No slice of the strip is longer.
+  std::uint64_t sliceMax(const Strip& strip) const;
   void layOut(std::size_t segment_bytes);
-  void addItem(OwnerIndex owner, Item item);
+  void addShared(const ShardMap& rails, std::size_t window_bytes);
+  void addOwned(const ShardMap& rails, std::size_t window_bytes);
 
   const Placement& placement_;
   const Rank rank_;
@@ -134,7 +142,7 @@ class TwoLevel final : public Operation {
   const std::vector<Strip> strips_;
   std::uint64_t segments_ = 1;
   std::vector<std::uint64_t> area_offsets_;  // beside strips_
-  Plan plan_;  // of a slice; its owners are hosts, then standalone reducers, or the strip's owner
+  Plan plan_;  // of a slice that several own: hosts, then standalone reducers
   std::vector<Stream> streams_;
   std::vector<OwnerIndex> owners_;
   std::uint64_t fingerprint_ = 0;
@@ -144,7 +152,6 @@ class TwoLevel final : public Operation {
   std::array<std::byte*, kSegmentsInFlight> areas_{};
   std::array<std::atomic<std::uint32_t>, kSegmentsInFlight> pending_{};  // answers to come
   std::array<std::atomic<std::uint32_t>, kSegmentsInFlight> held_{};     // Holds
-  std::uint32_t answers_ = 0;                                            // of a segment
   std::atomic<std::uint64_t> summed_{0};
   std::atomic<bool> compared_{false};
 };

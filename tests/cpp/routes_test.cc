@@ -59,6 +59,32 @@ TEST(Routes, CoordinatorsAreOwnersOfEveryMapWhereThereAreSome) {
   }
 }
 
+TEST(Routes, CoordinatorsFollowWhatWasMeasured) {
+  Settings settings = settingsOf("auto");
+  settings.measures = true;
+  const auto measured = [](Algorithm algorithm, std::uint64_t nbytes, std::uint64_t microseconds) {
+    collective::Sample sample;
+    sample.algorithm = algorithm;
+    sample.ranks = sample.hosts = sample.servers = 4;
+    sample.nbytes = nbytes;
+    sample.nanoseconds = 1000 * microseconds;
+    return sample;
+  };
+  for (const bool direct_first : {true, false}) {
+    Routes routes(settings, Nics::equal(4, 4));
+    routes.adopt({measured(Algorithm::kDirect, 1 << 10, direct_first ? 100 : 300),
+                  measured(Algorithm::kMixed, 1 << 10, 200),
+                  measured(Algorithm::kDirect, 1 << 20, 9000),
+                  measured(Algorithm::kMixed, 1 << 20, 5000)});
+    ASSERT_EQ(routes.at(1 << 10).range.algorithm,
+              direct_first ? Algorithm::kDirect : Algorithm::kMixed);
+    ASSERT_EQ(routes.at(1 << 20).range.algorithm, Algorithm::kMixed);
+    for (std::uint64_t seq = 0; seq < 12; ++seq) {
+      EXPECT_EQ(routes.coordinator(seq), (direct_first ? 0 : 4) + seq % 4);
+    }
+  }
+}
+
 TEST(Routes, WindowsAreTheLargestOfTheMaps) {
   const Routes routes(settingsOf("0-64KiB:direct,64KiB-:mixed"), Nics::equal(8, 4));
   const collective::ShardMap direct(Algorithm::kDirect, 8, 4, 0, 0);

@@ -155,6 +155,19 @@ TEST(TwoLevel, HasTheBitsOfTheFlatSumOnEveryPlacementAndTopology) {
   }
 }
 
+using Floats = std::shared_ptr<std::vector<std::vector<float>>>;
+
+Floats floats(std::size_t ranks, std::size_t count, float value) {
+  return std::make_shared<std::vector<std::vector<float>>>(ranks, std::vector<float>(count, value));
+}
+
+/// What failed may still be read a little later.
+CallOptions kept(const Floats& data, std::chrono::milliseconds timeout = std::chrono::seconds(20)) {
+  CallOptions options = within(timeout);
+  options.keepalive = data;
+  return options;
+}
+
 /// One collective on all ranks; what rank r has is in(r), what it gets in out(r).
 struct Case {
   SimCluster& cluster;
@@ -292,6 +305,53 @@ TEST(TwoLevel, EveryByteCrossesBetweenHostsOnce) {
   }
 }
 
+// A slice of one part may be longer than the window of the rank that owns it.
+TEST(TwoLevel, PartsOfVeryDifferentLengthsKeepToTheWindows) {
+  std::vector<std::string> places(16, "a");
+  std::fill(places.begin() + 8, places.end(), "b");
+  ClusterOptions options = clusterOf(places, kTopologies[0]);
+  options.settings.chunk_bytes = 0;
+  options.settings.window_bytes = 1 << 20;
+  SimCluster cluster(options);
+  std::mt19937 random(7);
+  Case one{cluster, DataType::kFloat32, ReduceOp::kSum, std::vector<std::size_t>(16, 1), 0};
+  one.counts[0] = 1 << 20;
+  one.counts[9] = 70'000;
+  const auto inputs = anyInputs(16, DataType::kFloat32, one.total(), random);
+  one.allGather(inputs);
+  one.reduceScatter(inputs, sumOf(places, inputs, DataType::kFloat32, ReduceOp::kSum));
+  std::uint64_t slots = 0;
+  for (Rank r = 0; r < 16; ++r) {
+    if (r != 0 && r != 9) slots += cluster.locals()[r]->stats().slots_done;
+  }
+  EXPECT_LE(slots, 2 * (14u + 1)) << "tiny parts go once, beside the empty chunks";
+}
+
+// The strips have equal sizes and equal rails, and other owners.
+TEST(TwoLevel, CountsThatDifferBetweenRanksAreNoticed) {
+  SimCluster cluster(clusterOf(kPlaces[0], kTopologies[0]));
+  constexpr std::size_t kCount = 50'000;
+  const std::size_t counts[2][4] = {{kCount, 0, 0, 2 * kCount}, {kCount, 2 * kCount, 0, 0}};
+  auto data = floats(4, 3 * kCount, -1.0f);
+  const auto in = floats(4, 2 * kCount, 1.0f);
+  Ends ends(4);
+  for (Rank r = 0; r < 4; ++r) {
+    const std::size_t* const own = counts[r == 0 ? 1 : 0];
+    std::vector<void*> outs;
+    std::size_t at = 0;
+    for (Rank p = 0; p < 4; ++p) {
+      outs.push_back((*data)[r].data() + at);
+      at += own[p];
+    }
+    CallOptions options = kept(data, std::chrono::seconds(2));
+    cluster.group(r).allGather((*in)[r].data(), outs, std::span(own, 4), DataType::kFloat32,
+                               options, ends.of(r));
+  }
+  ASSERT_TRUE(ends.wait()) << "a rank hangs";
+  EXPECT_FALSE(ends.status(0).ok()) << "its counts are not those of the others";
+  EXPECT_NE(ends.status(0).code(), Code::kInternal) << ends.status(0).message();
+}
+
 TEST(TwoLevel, ManyCallsOfAllSizesAreUnderWayAtOnce) {
   std::mt19937 random(2);
   const auto& places = kPlaces[2];
@@ -323,19 +383,6 @@ TEST(TwoLevel, ManyCallsOfAllSizesAreUnderWayAtOnce) {
       }
     }
   }
-}
-
-using Floats = std::shared_ptr<std::vector<std::vector<float>>>;
-
-Floats floats(std::size_t ranks, std::size_t count, float value) {
-  return std::make_shared<std::vector<std::vector<float>>>(ranks, std::vector<float>(count, value));
-}
-
-/// What failed may still be read a little later.
-CallOptions kept(const Floats& data, std::chrono::milliseconds timeout = std::chrono::seconds(20)) {
-  CallOptions options = within(timeout);
-  options.keepalive = data;
-  return options;
 }
 
 /// Calls of which some differ; every rank of the next call must succeed again.
@@ -513,7 +560,7 @@ TEST(TwoLevelShape, EveryByteGoesOnOneRailOnceInEveryPlacement) {
       info.seq = 7;
       info.done = [](const Status&) {};
       Memory area(8192);
-      const collective::TwoLevel::Shape shape{&placement, rank, &rails, 8192};
+      const collective::TwoLevel::Shape shape{&placement, rank, &rails, 8192, 1 << 20};
       const auto operation = std::make_shared<collective::TwoLevel>(info, shape, strips);
       for (std::uint64_t segment = 0; segment < operation->segments(); ++segment) {
         std::uint64_t end = 0;
