@@ -9,17 +9,19 @@
 namespace reducer::collective {
 namespace {
 
-/// All-reduces of one size: in every block one that does not count and `in_block` that do.
+/// All-reduces of one size: in every block `first` that do not count and `counted` that do.
 struct Size {
   std::size_t nbytes;
-  int in_block;
   int blocks;
-  int turns() const { return blocks * (in_block + 1); }
+  int first;
+  int counted;
+  int turns() const { return blocks * (first + counted); }
 };
 
-// One that shows latency, three around the sizes where the ways part, one that shows bandwidth.
-constexpr Size kSizes[] = {
-    {1 << 10, 10, 2}, {16 << 10, 8, 2}, {64 << 10, 8, 2}, {256 << 10, 5, 2}, {2 << 20, 3, 1}};
+// One that shows latency, three around the sizes where the ways part, two that show bandwidth: the
+// first of them for networks on which the other would take too long.
+constexpr Size kSizes[] = {{1 << 10, 3, 1, 20},  {16 << 10, 2, 1, 8}, {64 << 10, 2, 1, 8},
+                           {256 << 10, 1, 1, 4}, {1 << 20, 1, 0, 2},  {4 << 20, 1, 0, 2}};
 
 /// The end of one operation, waited for by the thread that started it.
 class Ending {
@@ -105,12 +107,12 @@ class Probe {
     // busy at all times.
     for (int block = 0; block < size.blocks; ++block) {
       for (std::size_t way = 0; way < plan_.ways.size(); ++way) {
-        for (int turn = 0; turn <= size.in_block; ++turn) {
+        for (int turn = 0; turn < size.first + size.counted; ++turn) {
           const auto begin = std::chrono::steady_clock::now();
           if (Status status = allReduce(size.nbytes / sizeof(float), plan_.ways[way]); !status.ok())
             return status;
           const auto took = std::chrono::steady_clock::now() - begin;
-          if (turn > 0)
+          if (turn >= size.first)
             times[way].push_back(
                 std::chrono::duration_cast<std::chrono::nanoseconds>(took).count());
         }
@@ -118,8 +120,9 @@ class Probe {
     }
     const auto medians = std::make_shared<std::vector<std::int64_t>>();
     for (std::vector<std::int64_t>& one : times) {
-      std::nth_element(one.begin(), one.begin() + one.size() / 2, one.end());
-      medians->push_back(std::max<std::int64_t>(1, one[one.size() / 2]));
+      const std::size_t middle = (one.size() - 1) / 2;  // of two the less disturbed one
+      std::nth_element(one.begin(), one.begin() + static_cast<std::ptrdiff_t>(middle), one.end());
+      medians->push_back(std::max<std::int64_t>(1, one[middle]));
     }
     Ending ending(plan_.helper);
     CallOptions options = optionsFor(medians);
