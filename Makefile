@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 20
 SCENARIO ?= all
 
 # The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
-THREADED_TESTS := exchange_test conformance_test tcp_test sim_test two_level_test
+THREADED_TESTS := exchange_test conformance_test tcp_test sim_test two_level_test two_level_others_test failover_test
 space := $(subst ,, )
 
 CPP_FOLDERS := csrc tests/cpp tests/fuzz tests/python/accelerator benchmarks
@@ -72,7 +72,7 @@ test-asan: setup ## the core under AddressSanitizer and UndefinedBehaviorSanitiz
 
 test-tsan: export TSAN_OPTIONS = halt_on_error=1
 # The simulated runs of these have one thread, and take minutes here.
-test-tsan: export GTEST_FILTER = -Exchange.*
+test-tsan: export GTEST_FILTER = -Exchange.*:Failover.*
 test-tsan: setup ## the core under ThreadSanitizer
 	$(call sanitized,tsan,thread,$(THREADED_TESTS),-R '^($(subst $(space),|,$(THREADED_TESTS)))$$')
 

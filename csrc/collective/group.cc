@@ -164,6 +164,8 @@ class GroupHandle final : public Group, private CallChecks {
                  options.whole_count.value_or(sum(counts)));
     const std::uint64_t lane =
         options.second_step ? wire::stepLane(*options.second_step) : wire::kCollectiveLane;
+    // A second step keeps to workers' reducers, which cannot be lost one by one.
+    const std::optional<std::uint64_t> step = options.second_step;
     if (counts[rank_] > 0) std::memcpy(outs[rank_], in, counts[rank_] * sizeOf(dtype));
     const ShardMap* const rails = state_->rails(routeOf(call), sum(counts) * sizeOf(dtype), true);
     if (rails != nullptr && lane == wire::kCollectiveLane) {
@@ -175,7 +177,9 @@ class GroupHandle final : public Group, private CallChecks {
       return;
     }
     state_->run(call, lane, std::move(options), std::move(done), [&](std::uint64_t seq) {
-      std::vector<Transfer> transfers = compared(seq);
+      std::vector<Transfer> transfers =
+          step ? comparedAt(static_cast<OwnerIndex>(*step % static_cast<std::uint64_t>(n_)))
+               : compared(seq);
       for (Rank r = 0; r < n_; ++r) {
         if (counts[r] == 0) continue;
         Transfer part = owned(r, counts[r] * sizeOf(dtype));
@@ -390,8 +394,11 @@ class GroupHandle final : public Group, private CallChecks {
 
   /// The empty chunk 0 in which all ranks show what they call.
   std::vector<Transfer> compared(std::uint64_t seq) const {
+    return comparedAt(state_->routes().coordinator(seq));
+  }
+  std::vector<Transfer> comparedAt(OwnerIndex owner) const {
     Transfer transfer;
-    transfer.plan = state_->planFor(state_->routes().coordinator(seq), 0);
+    transfer.plan = state_->planFor(owner, 0);
     return {std::move(transfer)};
   }
 
@@ -507,6 +514,10 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
   }
   if (config.job.size() != 16) return invalid("a job's identity is 16 bytes");
   if (Status status = checkAlgorithm(config); !status.ok()) return status;
+  if (config.workers.size() + config.servers.size() > wire::kMaxOwners) {
+    return invalid(std::to_string(config.servers.size()) + " standalone reducers are too many: a " +
+                   "group has at most " + std::to_string(wire::kMaxOwners) + " of them and ranks");
+  }
   if (config.settings.chunk_bytes != 0 && (config.settings.chunk_bytes < kMinChunkBytes ||
                                            config.settings.chunk_bytes > kMaxChunkBytes)) {
     return invalid("REDUCER_CHUNK_BYTES is " + std::to_string(config.settings.chunk_bytes) +

@@ -119,7 +119,13 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.owner = owner;
   link.in_process = owner == static_cast<OwnerIndex>(config_.rank);
   link.window_bytes = routes_.windowBytes(owner);
+  // One that may take over for a lost reducer gets chunks of every map.
+  if (!config_.servers.empty()) {
+    link.window_bytes = std::max(link.window_bytes, 2 * routes_.chunkBytesMax());
+  }
   link.checksum = config_.settings.checksum;
+  link.failover = !config_.servers.empty();
+  link.losable = losable(owner);
   link.hello.version = kProtocolVersion;
   link.hello.job = config_.job;
   link.hello.group = config_.name;
@@ -143,6 +149,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
 
 void GroupState::start() {
   const std::string text = settingsText(config_, routes_, placement_);
+  lost_.assign(config_.world_size + config_.servers.size(), 0);
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
     const std::size_t window = routes_.windowBytes(owner);
@@ -152,6 +159,7 @@ void GroupState::start() {
   // recv.
   links_[config_.rank]->open();
   for (const OwnerIndex owner : routes_.owners()) links_[owner]->open();
+  if (!config_.servers.empty()) links_[0]->open();  // that keeps the list of lost owners
   ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
     if (const auto self = weak.lock()) self->tick(now);
   });
@@ -198,6 +206,7 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
       };
       Queued queued = make(std::move(info), operation);
       operations_[id] = operation;
+      if (epoch_ > 0) queued = withHeirs(std::move(queued));
       for (auto& [owner, cursor] : queued) {
         Status one = links_[owner]->enqueue(std::move(cursor));
         if (!one.ok()) status = std::move(one);
@@ -234,6 +243,8 @@ void GroupState::pump(const std::vector<OwnerIndex>& owners) {
       more |= links_[owners[(i + shift) % owners.size()]]->pump(1);
     }
   }
+  if (epoch_ == 0) return;
+  for (const OwnerIndex heir : heirs()) links_[heir]->pump(std::numeric_limits<std::size_t>::max());
 }
 
 void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
@@ -448,10 +459,20 @@ void GroupState::onLeft(Rank rank) {
 
 void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   const std::string& name = links_[owner]->name();
+  const bool replaceable = reason.ok() || reason.code() == Code::kUnavailable;
+  if (losable(owner) && replaceable && links_[owner]->wasConnected()) {
+    return reportLost(owner, reason);
+  }
   if (reason.ok()) {
     // It left in good order: only what still needs it fails, now or later.
     std::vector<Receives::Request> unmatched;
     const bool worker = owner < static_cast<OwnerIndex>(config_.world_size);
+    if (owner == 0) {
+      for (OwnerIndex other = 0; other < links_.size(); ++other) {
+        // Nobody will decide any more.
+        if (losable(other) && links_[other]->isDown()) return abortUndecided(other, "it was lost");
+      }
+    }
     if (worker) {
       const std::lock_guard lock(mutex_);
       const bool was_last = ++workers_left_ == config_.world_size - 1;

@@ -67,6 +67,7 @@ class GroupState final : public LinkEvents,
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
   void onLeft(Rank rank) override;
+  void onEpoch(const wire::Frame& frame) override;
   void onLinkClosed() override;
 
   void pump(const std::vector<OwnerIndex>& owners) override;
@@ -103,6 +104,26 @@ class GroupState final : public LinkEvents,
   template <class Make>
   void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
               std::optional<std::uint64_t> number, Make make);
+  // Failover (failover.cc). All of these are called with the lock held.
+  /// The first owner of a piece's preference that is not lost.
+  OwnerIndex heirOf(std::uint64_t key) const;
+  /// Where the rounds of a cursor go instead of to a lost owner.
+  Queued heirsOf(const Cursor& cursor) const;
+  Queued withHeirs(Queued queued) const;
+  /// Moves what the owners had that are lost now.
+  /// `orphans`: what cannot go on, since nobody is there to take it over.
+  std::vector<Link::Taken> move(const std::vector<OwnerIndex>& lost,
+                                std::vector<std::shared_ptr<Operation>>& orphans);
+  bool losable(OwnerIndex owner) const {
+    return owner >= static_cast<OwnerIndex>(config_.world_size);
+  }
+  // These without it.
+  std::vector<OwnerIndex> heirs();
+  void reportLost(OwnerIndex owner, const Status& reason);
+  void abortUndecided(OwnerIndex owner, const std::string& why);
+  void warnLost(const std::vector<OwnerIndex>& lost, std::size_t left,
+                const std::string& why) const;
+
   /// Of an operation that starts now. Called with the lock held.
   std::uint64_t nextNumber(std::uint64_t lane);
   /// Called with the lock held; its result is to be started without.
@@ -126,8 +147,10 @@ class GroupState final : public LinkEvents,
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
-  std::shared_ptr<HostStage> stage_;  // since the first operation that needs it
-  std::int32_t workers_left_ = 0;     // said goodbye
+  std::vector<char> lost_;               // by OwnerIndex
+  std::atomic<std::uint32_t> epoch_{0};  // how many of them
+  std::shared_ptr<HostStage> stage_;     // since the first operation that needs it
+  std::int32_t workers_left_ = 0;        // said goodbye
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::function<void(const Status&)> when_broken_;

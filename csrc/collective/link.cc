@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/check.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
@@ -39,11 +40,14 @@ void Link::open() {
 
 Status Link::enqueue(Cursor cursor) {
   const std::lock_guard lock(mutex_);
-  if (closed_ || closing_) {
+  // For a lost owner pieces wait until it is known where they go.
+  if (closing_ || (closed_ && !config_.losable)) {
     return Status(Code::kUnavailable,
                   down_.ok() ? hasLeft() : config_.name + " is gone: " + down_.message());
   }
-  queues_[cursor.operation->info().lane].cursors.push_back(std::move(cursor));
+  Queue& queue = queues_[cursor.operation->info().lane];
+  if (cursor.moved) ++queue.moved;
+  queue.cursors.push_back(std::move(cursor));
   return {};
 }
 
@@ -51,32 +55,100 @@ std::size_t Link::costOf(const Piece& piece) const {
   return config_.in_process ? piece.payload.nbytes() : piece.frame.length;
 }
 
+// By operation, and within the one that is next by key, where pieces have moved here.
+std::deque<Cursor>::iterator Link::next(Queue& queue) {
+  auto best = queue.cursors.begin();
+  if (queue.moved == 0) return best;
+  const std::uint64_t seq = best->operation->info().seq;
+  std::uint64_t least = best->operation->key(*best);
+  for (auto it = std::next(best); it != queue.cursors.end(); ++it) {
+    if (it->operation->info().seq != seq) break;
+    const std::uint64_t key = it->operation->key(*it);
+    if (key >= least) continue;
+    least = key;
+    best = it;
+  }
+  return best;
+}
+
+void Link::drop(Queue& queue, std::deque<Cursor>::iterator cursor) {
+  if (cursor->moved) --queue.moved;
+  if (cursor->owed) --queue.owed;
+  queue.cursors.erase(cursor);
+}
+
+bool Link::mayGo(const Queue& queue, std::uint64_t key, bool moves) const {
+  if (queue.outstanding < kAwaitedMax) return true;
+  if (!moves || epoch_ == 0) return false;
+  const auto before = std::distance(queue.in_flight.begin(), queue.in_flight.lower_bound(key));
+  return static_cast<std::size_t>(before) < kAwaitedMax;
+}
+
+// What stands behind a piece that came late must not keep it waiting: it may itself wait for that
+// piece on another rank.
+std::size_t Link::inFlightBefore(const Queue& queue, std::uint64_t key) const {
+  if (epoch_ == 0) return queue.outstanding_bytes;
+  std::size_t nbytes = 0;
+  for (const auto& [other, cost] : queue.in_flight) {
+    if (other > key) break;
+    nbytes += cost;
+  }
+  return nbytes;
+}
+
+std::uint64_t Link::acked() {
+  const auto found = queues_.find(wire::kCollectiveLane);
+  if (found == queues_.end()) return sent_beyond_;
+  Queue& queue = found->second;
+  std::uint64_t key = queue.in_flight.empty() ? sent_beyond_ : queue.in_flight.begin()->first;
+  if (queue.moved > 0) {
+    const auto cursor = next(queue);
+    key = std::min(key, cursor->operation->key(*cursor));
+  }
+  return key;
+}
+
 // Takes the next piece that the window lets through out of the queues. Called with the lock held.
 bool Link::nextPiece(Awaited& awaited, Payload& payload) {
   for (auto it = queues_.begin(); it != queues_.end(); ++it) {
     Queue& queue = it->second;
     while (!queue.cursors.empty() && queue.cursors.front().operation->finished()) {
-      queue.cursors.pop_front();
+      drop(queue, queue.cursors.begin());
     }
-    if (queue.cursors.empty() || queue.outstanding >= kAwaitedMax) continue;
-    Cursor& cursor = queue.cursors.front();
-    if (!cursor.operation->ready(cursor)) continue;
+    if (queue.cursors.empty()) continue;
+    const auto place = next(queue);
+    Cursor& cursor = *place;
+    const bool moves = config_.failover && it->first == wire::kCollectiveLane;
+    const std::uint64_t key = moves ? cursor.operation->key(cursor) : 0;
+    if (!mayGo(queue, key, moves) || !cursor.operation->ready(cursor)) continue;
     // Making a piece is cheap, and the one that does not fit is made again later.
-    Piece piece = cursor.operation->piece(cursor.transfer, cursor.position, cursor.round);
+    Piece piece = cursor.operation->piece(cursor.transfer, cursor.position, cursor.at());
     const std::size_t cost = costOf(piece);
     const std::size_t window = cursor.window_bytes != 0
                                    ? std::min(cursor.window_bytes, config_.window_bytes)
                                    : config_.window_bytes;
-    if (queue.outstanding_bytes > 0 && queue.outstanding_bytes + cost > window) continue;
+    const std::size_t before = moves ? inFlightBefore(queue, key) : queue.outstanding_bytes;
+    if (before > 0 && before + cost > window) continue;
     awaited.operation = cursor.operation;
     awaited.cost = cost;
-    if (++cursor.round == cursor.end) queue.cursors.pop_front();
+    awaited.key = key;
+    payload = std::move(piece.payload);
+    piece.payload = {};
+    if (moves) {
+      // Before this piece is counted: it is not answered, and nothing from it on is.
+      piece.frame.epoch = epoch_;
+      piece.frame.acked = std::min(acked(), key);
+      awaited.origin = Cursor{nullptr,     cursor.transfer, cursor.position,
+                              cursor.at(), cursor.at() + 1, cursor.window_bytes};
+      if (config_.losable && piece.out == nullptr) awaited.payload = payload;
+      queue.in_flight.emplace(key, cost);
+      sent_beyond_ = std::max(sent_beyond_, key + 1);
+    }
+    if (++cursor.round == cursor.end) drop(queue, place);
     ++queue.outstanding;
     queue.outstanding_bytes += cost;
     outstanding_bytes_ += cost;
     outstanding_bytes_max_ = std::max(outstanding_bytes_max_, outstanding_bytes_);
-    payload = std::move(piece.payload);
-    piece.payload = {};
     awaited.piece = std::move(piece);
     return true;
   }
@@ -86,7 +158,7 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
 bool Link::pump(std::size_t pieces_max) {
   {
     const std::lock_guard lock(mutex_);
-    if (queues_.empty() && cancels_.empty()) return false;
+    if (queues_.empty() && told_.empty() && !settles_) return false;
   }
   open();
   std::unique_lock lock(mutex_);
@@ -98,12 +170,12 @@ bool Link::pump(std::size_t pieces_max) {
   std::size_t sent = 0;
   do {
     pump_again_ = false;
-    while (!cancels_.empty() && connection_ && !closed_) {
-      const wire::Frame frame = std::move(cancels_.front());
-      cancels_.pop_front();
+    while (!told_.empty() && connection_ && !closed_) {
+      auto [frame, payload] = std::move(told_.front());
+      told_.pop_front();
       const std::shared_ptr<transport::Connection> connection = connection_;
       lock.unlock();
-      connection->send(frame, {});
+      connection->send(frame, std::move(payload));
       lock.lock();
     }
     while (sent < pieces_max && connection_ && !closed_) {
@@ -123,7 +195,21 @@ bool Link::pump(std::size_t pieces_max) {
       ++sent;
       lock.lock();
     }
-  } while (pump_again_ && (sent < pieces_max || !cancels_.empty()));
+    if (settles_ && told_.empty() && connection_ && !closed_) {
+      const auto queue = queues_.find(wire::kCollectiveLane);
+      if (queue == queues_.end() || queue->second.owed == 0) {
+        settles_ = false;
+        wire::Frame frame;
+        frame.kind = wire::FrameKind::kSettled;
+        frame.epoch = epoch_;
+        frame.acked = acked();
+        const std::shared_ptr<transport::Connection> connection = connection_;
+        lock.unlock();
+        connection->send(frame, {});
+        lock.lock();
+      }
+    }
+  } while (pump_again_ && (sent < pieces_max || !told_.empty() || settles_));
   pumping_ = false;
   return sent > 0;
 }
@@ -144,6 +230,10 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
     case wire::FrameKind::kArrived:
       if (const auto events = events_.lock()) events->onArrived(frame.slot);
       break;
+    case wire::FrameKind::kEpoch:
+      if (config_.owner != 0) break;  // rank 0's reducer alone keeps the list
+      if (const auto events = events_.lock()) events->onEpoch(frame);
+      break;
     case wire::FrameKind::kLeft:
       if (const auto events = events_.lock()) events->onLeft(frame.pusher);
       break;
@@ -162,8 +252,35 @@ bool Link::takeAnswered(const wire::SlotId& slot, Awaited& awaited) {
   --queue.outstanding;
   queue.outstanding_bytes -= awaited.cost;
   outstanding_bytes_ -= awaited.cost;
+  queue.in_flight.erase(awaited.key);
   forgetIfEmpty(lane);
   return true;
+}
+
+void Link::keep(Awaited& awaited, const Payload& answer) {
+  if (!config_.losable || !awaited.operation ||
+      wire::operationLane(awaited.piece.frame.slot.lane) != wire::kCollectiveLane) {
+    return;
+  }
+  Kept kept{awaited.key, awaited.piece.frame, answer};
+  if (awaited.payload.nbytes() > 0) {
+    // The user's memory, which is the user's again when the operation is done.
+    const std::size_t nbytes = awaited.payload.nbytes();
+    auto copy = std::make_shared<std::vector<std::byte>>(nbytes);
+    awaited.payload.copyTo(copy->data());
+    kept.payload = Payload(Bytes(copy->data(), nbytes), copy);
+  }
+  awaited.payload = {};
+  kept_.push_back(std::move(kept));
+}
+
+void Link::prune(const wire::Frame& result) {
+  if (result.epoch < epoch_) return;
+  if (epoch_ == 0) {
+    while (!kept_.empty() && kept_.front().key < result.acked) kept_.pop_front();
+  } else {
+    std::erase_if(kept_, [&](const Kept& kept) { return kept.key < result.acked; });
+  }
 }
 
 void Link::forgetIfEmpty(std::uint64_t lane) {
@@ -172,25 +289,33 @@ void Link::forgetIfEmpty(std::uint64_t lane) {
   if (queue->second.outstanding == 0 && queue->second.cursors.empty()) queues_.erase(queue);
 }
 
+Status Link::check(const Piece& piece, const wire::Frame& result, const Payload& payload) const {
+  if (payload.nbytes() != 0 && payload.nbytes() != piece.frame.length) {
+    return Status(Code::kInternal, config_.name + " answered a chunk of " +
+                                       std::to_string(piece.frame.length) + " bytes with " +
+                                       std::to_string(payload.nbytes()));
+  }
+  if (piece.out != nullptr && payload.nbytes() != piece.frame.length) {
+    return Status(Code::kInternal, config_.name + " answered a chunk without its bytes");
+  }
+  return {};
+}
+
 void Link::onResult(const wire::Frame& frame, const Payload& payload) {
+  Status wrong;
+  if (frame.has_checksum && wire::crc32c(payload) != frame.checksum) {
+    wrong =
+        Status(Code::kInternal, "a result of " + config_.name +
+                                    " arrived with a wrong checksum: memory or network damage it");
+  }
   Awaited awaited;
   {
     const std::lock_guard lock(mutex_);
     if (!takeAnswered(frame.slot, awaited)) return;
     pulled_bytes_ += payload.nbytes();
-  }
-  Status wrong;
-  const bool pulls = awaited.piece.out != nullptr;
-  if (payload.nbytes() != 0 && payload.nbytes() != awaited.piece.frame.length) {
-    wrong = Status(Code::kInternal, config_.name + " answered a chunk of " +
-                                        std::to_string(awaited.piece.frame.length) +
-                                        " bytes with " + std::to_string(payload.nbytes()));
-  } else if (pulls && payload.nbytes() != awaited.piece.frame.length) {
-    wrong = Status(Code::kInternal, config_.name + " answered a chunk without its bytes");
-  } else if (frame.has_checksum && wire::crc32c(payload) != frame.checksum) {
-    wrong =
-        Status(Code::kInternal, "a result of " + config_.name +
-                                    " arrived with a wrong checksum: memory or network damage it");
+    if (Status status = check(awaited.piece, frame, payload); !status.ok()) wrong = status;
+    if (wrong.ok()) keep(awaited, payload);
+    prune(frame);
   }
   if (!awaited.operation) {
     // Cancelled: only its place in the window was waited for.
@@ -223,17 +348,22 @@ void Link::onError(const wire::Frame& frame) {
 void Link::cancel(const Operation& operation, const Status& why) {
   const std::uint64_t lane = operation.info().lane;
   std::vector<std::shared_ptr<Operation>> dropped;  // released outside of the lock
+  std::vector<Payload> released;
   const std::lock_guard lock(mutex_);
   const auto queue = queues_.find(lane);
   if (queue != queues_.end()) {
     std::erase_if(queue->second.cursors, [&](Cursor& cursor) {
       if (cursor.operation.get() != &operation) return false;
+      if (cursor.moved) --queue->second.moved;
+      if (cursor.owed) --queue->second.owed;
       dropped.push_back(std::move(cursor.operation));
       return true;
     });
   }
   for (auto& [slot, awaited] : awaited_) {
-    if (awaited.operation.get() == &operation) dropped.push_back(std::move(awaited.operation));
+    if (awaited.operation.get() != &operation) continue;
+    dropped.push_back(std::move(awaited.operation));
+    released.push_back(std::move(awaited.payload));
   }
   forgetIfEmpty(lane);
   if (closed_ || !connection_) return;
@@ -244,7 +374,80 @@ void Link::cancel(const Operation& operation, const Status& why) {
   frame.call = operation.info().call;
   frame.code = why.code();
   frame.text = why.message();
-  cancels_.push_back(std::move(frame));
+  told_.emplace_back(std::move(frame), Payload());
+}
+
+// ------------------------------------------------------------------ when an owner is lost
+
+Link::Taken Link::takeAway() {
+  Taken taken;
+  std::shared_ptr<transport::Connection> connection;
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+    connection.swap(connection_);
+    if (!opened_) closed_ = true;
+    for (auto& [slot, awaited] : awaited_) {
+      if (!awaited.operation || awaited.operation->finished()) continue;
+      REDUCER_CHECK(awaited.origin.end > 0);  // nothing else is pushed to one that can be lost
+      awaited.origin.operation = std::move(awaited.operation);
+      taken.unanswered.push_back(std::move(awaited.origin));
+    }
+    for (auto& [lane, queue] : queues_) {
+      for (Cursor& cursor : queue.cursors) taken.unanswered.push_back(std::move(cursor));
+    }
+    for (Kept& kept : kept_) taken.kept.push_back(std::move(kept));
+    taken.rest = std::make_shared<decltype(awaited_)>(std::move(awaited_));
+    awaited_.clear();
+    queues_.clear();
+    kept_.clear();
+    told_.clear();
+    outstanding_bytes_ = 0;
+    settles_ = false;
+  }
+  // What is still to be sent there is of no use.
+  taken.leave = [connection] {
+    if (connection) connection->close(Status(Code::kUnavailable, "it was lost"), /*flush=*/false);
+  };
+  return taken;
+}
+
+Status Link::inherit(Heritage heritage, std::uint32_t epoch, bool settles) {
+  const std::lock_guard lock(mutex_);
+  const bool nothing = heritage.unanswered.empty() && heritage.kept.empty();
+  if ((closed_ && !config_.losable) || closing_) {
+    return nothing ? Status() : Status(Code::kUnavailable, hasLeft());
+  }
+  epoch_ = epoch;
+  settles_ = settles;
+  for (Cursor& cursor : heritage.unanswered) {
+    cursor.moved = cursor.owed = true;
+    Queue& queue = queues_[cursor.operation->info().lane];
+    const std::uint64_t seq = cursor.operation->info().seq;
+    const auto place =
+        std::find_if(queue.cursors.begin(), queue.cursors.end(),
+                     [seq](const Cursor& other) { return other.operation->info().seq > seq; });
+    queue.cursors.insert(place, std::move(cursor));
+    ++queue.moved;
+    ++queue.owed;
+  }
+  for (Kept& kept : heritage.kept) {
+    kept.frame.again = true;
+    kept.frame.epoch = epoch;
+    kept.frame.acked = 0;
+    kept.frame.has_checksum = config_.checksum && kept.payload.nbytes() > 0;
+    if (kept.frame.has_checksum) kept.frame.checksum = wire::crc32c(kept.payload);
+    told_.emplace_back(kept.frame, kept.payload);
+    if (config_.losable) kept_.push_back(std::move(kept));
+  }
+  return {};
+}
+
+bool Link::tell(wire::Frame frame) {
+  const std::lock_guard lock(mutex_);
+  if (closed_ || closing_) return false;
+  told_.emplace_back(std::move(frame), Payload());
+  return true;
 }
 
 std::size_t Link::waiting(const Operation& operation) {
@@ -258,6 +461,16 @@ std::size_t Link::waiting(const Operation& operation) {
     if (cursor.operation.get() == &operation) pieces += cursor.end - cursor.round;
   }
   return pieces;
+}
+
+bool Link::wasConnected() {
+  const std::lock_guard lock(mutex_);
+  return welcome_;
+}
+
+bool Link::isDown() {
+  const std::lock_guard lock(mutex_);
+  return closed_ && !closing_;
 }
 
 bool Link::connected() {

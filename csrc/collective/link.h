@@ -29,6 +29,8 @@ class LinkEvents {
   virtual void onArrived(const wire::SlotId& slot) = 0;
   /// A rank has left the group in good order; its reducer may go on.
   virtual void onLeft(Rank rank) = 0;
+  /// Owners are lost, as rank 0's reducer says; `frame.owners`, all of them.
+  virtual void onEpoch(const wire::Frame& frame) = 0;
   /// A link's closed() has turned true, whoever closed it.
   virtual void onLinkClosed() = 0;
 };
@@ -42,6 +44,8 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
     std::size_t window_bytes = 0;  ///< of collectives; send and recv have as much per pair and tag
     bool in_process = false;       ///< pulling costs nothing there: only pushes count
     bool checksum = false;
+    bool failover = false;  ///< pieces may move to or from this owner
+    bool losable = false;   ///< a standalone reducer: what it answers is kept until all have it
     wire::Hello hello;
     /// Starts the connection; called at first use.
     std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>)>
@@ -55,6 +59,34 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
 
   /// Queues; pump() sends. kUnavailable if the owner is gone.
   Status enqueue(Cursor cursor);
+
+  // -- when an owner is lost (docs/protocol.md)
+
+  /// A piece that this owner has answered, and that somebody may lack.
+  struct Kept {
+    std::uint64_t key = 0;
+    wire::Frame frame;  // as it was pushed
+    Payload payload;    // the answer; of a piece that is not pulled here, what was pushed
+  };
+  struct Taken {
+    std::vector<Cursor> unanswered;
+    std::vector<Kept> kept;
+    std::shared_ptr<void> rest;   ///< to be let go without locks held
+    std::function<void()> leave;  ///< to be called without locks held: the connection's end
+  };
+  /// Leaves a lost owner, and gives what it had and what waited for it.
+  Taken takeAway();
+  /// What moves here; pump() sends it.
+  struct Heritage {
+    std::vector<Cursor> unanswered;
+    std::vector<Kept> kept;
+  };
+  /// Enters an epoch with it: what this link acknowledges there takes account of all that has
+  /// moved. `settles`: the owner is told when it has been sent. kUnavailable if the owner is gone,
+  /// too.
+  Status inherit(Heritage heritage, std::uint32_t epoch, bool settles);
+  /// A frame beside all pieces; pump() sends it. False: the owner is gone.
+  bool tell(wire::Frame frame);
   /// Sends what the window lets through, at most `pieces_max` pieces. True if there was anything
   /// sent.
   bool pump(std::size_t pieces_max);
@@ -67,7 +99,9 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   /// Pieces of the operation that wait here, to be sent or to be answered.
   std::size_t waiting(const Operation& operation);
 
-  bool connected();  ///< the owner has said welcome
+  bool connected();     ///< the owner has said welcome
+  bool wasConnected();  ///< the same, even if it is gone since
+  bool isDown();        ///< it is gone, and this link did not leave it
 
   /// Says goodbye and closes. `closed()` turns true some time later.
   void close();
@@ -96,16 +130,34 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
     std::shared_ptr<Operation> operation;  // null: cancelled
     Piece piece;                           // its payload moved on
     std::size_t cost = 0;
+    std::uint64_t key = 0;
+    Cursor origin;    // the piece's place; without its operation
+    Payload payload;  // where it is to be kept and is not pulled
   };
   struct Queue {  // of one lane
     std::deque<Cursor> cursors;
     std::size_t outstanding_bytes = 0;
     std::size_t outstanding = 0;
+    std::map<std::uint64_t, std::size_t> in_flight;  // cost by key, where pieces may move
+    std::size_t moved = 0;                           // cursors that are
+    std::size_t owed = 0;                            // of those what was begun before the loss
   };
 
+  /// The next cursor of a queue that is not empty.
+  std::deque<Cursor>::iterator next(Queue& queue);
+  void drop(Queue& queue, std::deque<Cursor>::iterator cursor);
+  /// Bytes that are in flight and stand before a piece.
+  std::size_t inFlightBefore(const Queue& queue, std::uint64_t key) const;
+  /// Everything with a smaller key is answered.
+  std::uint64_t acked();
+  bool mayGo(const Queue& queue, std::uint64_t key, bool moves) const;
+  void keep(Awaited& awaited, const Payload& answer);
+  void prune(const wire::Frame& result);
   bool nextPiece(Awaited& awaited, Payload& payload);
   /// Takes an answered piece out, with its place in the window. Called with the lock held.
   bool takeAnswered(const wire::SlotId& slot, Awaited& awaited);
+  /// What is wrong with an answer; Ok if nothing is.
+  Status check(const Piece& piece, const wire::Frame& result, const Payload& payload) const;
   void forgetIfEmpty(std::uint64_t lane);
   void onResult(const wire::Frame& frame, const Payload& payload);
   void onError(const wire::Frame& frame);
@@ -123,7 +175,12 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   Status fatal_;                           // the owner's last words
   std::map<std::uint64_t, Queue> queues_;  // by operation lane
   std::unordered_map<wire::SlotId, Awaited, SlotHash> awaited_;
-  std::list<wire::Frame> cancels_;  // go before pieces; a list, which costs nothing while empty
+  // Go before pieces; a list, which costs nothing while empty.
+  std::list<std::pair<wire::Frame, Payload>> told_;
+  std::uint32_t epoch_ = 0;
+  bool settles_ = false;           // the owner is still to be told
+  std::uint64_t sent_beyond_ = 0;  // a key beyond all that were sent
+  std::deque<Kept> kept_;
   bool pumping_ = false;
   bool pump_again_ = false;
   std::size_t outstanding_bytes_ = 0;

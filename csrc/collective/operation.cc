@@ -29,7 +29,12 @@ Exchange::Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Lin
 
 bool Exchange::ready(const Cursor& cursor) const {
   const auto& pace = paces_[cursor.transfer];
-  return !pace || pace->open(cursor.round);
+  return !pace || pace->open(cursor.at());
+}
+
+std::uint64_t Exchange::key(const Cursor& cursor) const {
+  const Transfer& t = transfers_[cursor.transfer];
+  return pieceKey(info().seq, t.first_chunk + t.plan.chunk(cursor.at(), cursor.position));
 }
 
 void Exchange::accept(const Piece& piece, const Payload& result) {

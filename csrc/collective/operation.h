@@ -13,6 +13,12 @@
 
 namespace reducer::collective {
 
+/// The number of its operation, then its place in it.
+constexpr int kPlaceBits = 28;
+constexpr std::uint64_t pieceKey(std::uint64_t seq, std::uint64_t place) {
+  return seq << kPlaceBits | place;
+}
+
 /// One chunk on its way: what is sent, and where the answer goes.
 struct Piece {
   wire::Frame frame;
@@ -51,6 +57,9 @@ class Operation : public std::enable_shared_from_this<Operation> {
   /// False: the piece cannot be made yet. Those behind it in the lane wait with it, so that every
   /// link sends the pieces of a lane in one order; who makes it ready pumps the link.
   virtual bool ready(const Cursor& /*cursor*/) const { return true; }
+
+  /// Of the piece at a cursor's place. Links send pieces in this order, which all ranks share.
+  virtual std::uint64_t key(const Cursor& /*cursor*/) const { return pieceKey(info_.seq, 0); }
 
   /// The answer for a piece. Its payload has the piece's length if the piece pulls, else none.
   virtual void accept(const Piece& piece, const Payload& result) {
@@ -104,6 +113,7 @@ class Exchange final : public Operation {
   Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Links> links);
   Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) override;
   bool ready(const Cursor& cursor) const override;
+  std::uint64_t key(const Cursor& cursor) const override;
   void accept(const Piece& piece, const Payload& result) override;
   const std::vector<Transfer>& transfers() const { return transfers_; }
 
@@ -122,6 +132,12 @@ struct Cursor {
   std::uint64_t round = 0;
   std::uint64_t end = 0;
   std::size_t window_bytes = 0;  ///< most bytes in flight in its lane when it goes; 0: the link's
+  /// Not all rounds, but these, rising: `round` and `end` count them.
+  std::shared_ptr<const std::vector<std::uint64_t>> picked = nullptr;
+  bool moved = false;  ///< from an owner that was lost
+  bool owed = false;   ///< it was begun before the loss
+
+  std::uint64_t at() const { return picked ? (*picked)[round] : round; }
 };
 
 }  // namespace reducer::collective

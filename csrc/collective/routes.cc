@@ -161,6 +161,12 @@ std::size_t Routes::windowBytes(OwnerIndex owner) const {
   return largest;
 }
 
+std::size_t Routes::chunkBytesMax() const {
+  std::size_t largest = 0;
+  for (const ShardMap& map : maps_) largest = std::max(largest, map.chunkBytes());
+  return largest;
+}
+
 std::size_t Routes::windowBytesTotal() const {
   std::size_t total = 0;
   for (const OwnerIndex owner : owners_) total += windowBytes(owner);

@@ -59,6 +59,8 @@ class Routes {
   /// asks for.
   std::size_t windowBytes(OwnerIndex owner) const;
   std::size_t windowBytesTotal() const;
+  /// Of any map.
+  std::size_t chunkBytesMax() const;
 
  private:
   /// The route of a range; its map is made if there is none like it.

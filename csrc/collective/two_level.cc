@@ -250,7 +250,16 @@ Span TwoLevel::slice(std::uint64_t segment, std::size_t strip) const {
 
 bool TwoLevel::ready(const Cursor& cursor) const {
   if (alone_ || cursor.transfer == kShow) return true;
-  return at(streams_[cursor.transfer], cursor.round).segment < segmentsSummed();
+  return at(streams_[cursor.transfer], cursor.at()).segment < segmentsSummed();
+}
+
+std::uint64_t TwoLevel::key(const Cursor& cursor) const {
+  if (cursor.transfer == kShow) return pieceKey(info().seq, 0);
+  const Stream& stream = streams_[cursor.transfer];
+  const auto [segment, item, within] = at(stream, cursor.at());
+  const std::uint64_t owners = owned() ? 1 : plan_.owners.size();
+  const std::uint64_t before = (segment * strips_.size() + item.strip) * stream.rounds * owners;
+  return pieceKey(info().seq, 1 + before + within * owners + item.position);
 }
 
 Piece TwoLevel::piece(std::uint32_t transfer, std::uint32_t /*position*/, std::uint64_t round) {

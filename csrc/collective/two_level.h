@@ -78,6 +78,7 @@ class TwoLevel final : public Operation {
 
   Piece piece(std::uint32_t transfer, std::uint32_t position, std::uint64_t round) override;
   bool ready(const Cursor& cursor) const override;
+  std::uint64_t key(const Cursor& cursor) const override;
   void accept(const Piece& piece, const Payload& result) override;
 
   /// The owners of what this rank carries.

@@ -5,6 +5,7 @@
 #include "common/check.h"
 #include "common/limits.h"
 #include "engine/describe.h"
+#include "engine/slot.h"
 #include "wire/lane.h"
 
 namespace reducer::engine {
@@ -19,20 +20,6 @@ constexpr std::size_t kFailuresKept = 1024;
 
 // Empty slots kept for the next chunk, so that a chunk costs no allocation of its own.
 constexpr std::size_t kSpareSlots = 256;
-
-Status broken(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
-
-bool sameShape(const wire::Frame& a, const wire::Frame& b) {
-  return a.call == b.call && a.pusher == b.pusher && a.puller == b.puller && a.offset == b.offset &&
-         a.length == b.length && a.epoch == b.epoch;
-}
-
-/// One rank pushes: its bytes are handed on as they are.
-bool hasOnePusher(const wire::Frame& frame) { return frame.pusher >= 0; }
-
-std::pair<std::uint64_t, std::uint64_t> operationOf(const wire::SlotId& id) {
-  return {wire::operationLane(id.lane), id.seq};
-}
 
 }  // namespace
 
@@ -100,7 +87,7 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
   }
   REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
   if (group->members[hello.rank].gone) --group->gone;
-  group->members[hello.rank] = Member{peer, hello.host, false, {}};
+  group->members[hello.rank] = Member{.peer = peer, .host = hello.host, .gone_text = {}};
   ++group->connected;
   places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
   if (!peer->in_process) return;
@@ -139,9 +126,12 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
   Group& group = *place.group;
   Member& member = group.members[place.rank];
   member.peer.reset();
-  member.gone = true;
   member.left = why.ok();
-  ++group.gone;
+  // Who was thrown out for what it sent has been told so, and comes no more.
+  if (why.ok() || judges_ || why.code() != Code::kUnavailable) {
+    member.gone = true;
+    ++group.gone;
+  }
   member.gone_text = why.ok() ? "left the group" : "was lost (" + why.message() + ")";
   if (--group.connected == 0) {
     for (auto& [id, slot] : group.slots) drop(std::move(slot));
@@ -153,6 +143,10 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
       if (other.peer && other.peer->in_process) tellLeft(other.peer, place.rank, actions);
     }
   }
+  failHopeless(group, actions);
+}
+
+void Engine::failHopeless(Group& group, Actions& actions) {
   std::vector<wire::SlotId> ids;
   for (const auto& [id, slot] : group.slots) ids.push_back(id);
   for (const wire::SlotId& id : ids) {
@@ -163,6 +157,7 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
 
 bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
   if (group.gone == 0) return false;  // asked at every push, of perhaps a thousand ranks
+  if (slot.again_epoch > 0 || moving(group)) return false;
   for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
     const Member& member = group.members[rank];
     if (!member.gone || slot.arrived[rank] || !takesPart(group, slot, rank)) continue;
@@ -213,6 +208,9 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
                                   : group.members.size();
   slot->contributions.resize(hasOnePusher(frame) ? 1 : pushers);
   slot->arrived.assign(group.members.size(), 0);
+  slot->parts = 0;
+  slot->handed_on = false;
+  slot->again_epoch = 0;
   slot->mismatch = false;
   slot->since = now;
   slot->deadline = TimePoint::max();
@@ -222,7 +220,9 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
 
 void Engine::drop(std::unique_ptr<Slot> slot) {
   for (const Payload& payload : slot->contributions) counters_.held_bytes -= payload.nbytes();
+  counters_.held_bytes -= slot->handed.nbytes();
   slot->contributions.clear();
+  slot->handed = {};
   slot->arrivals.clear();
   --counters_.slots_open;
   if (spare_.size() < kSpareSlots) spare_.push_back(std::move(slot));
@@ -252,7 +252,8 @@ Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame
   if (!pushes && !isAmong(group, frame.puller, rank)) {
     return broken("rank " + std::to_string(rank) + " takes no part in the slot that it pushed");
   }
-  const std::size_t expected = pushes ? frame.length : 0;
+  // What comes again is the answer that a puller had, or else what it pushed.
+  const std::size_t expected = pushes || frame.again ? frame.length : 0;
   if (payload.nbytes() != expected) {
     return broken("a push of " + std::to_string(frame.length) + " bytes came with " +
                   std::to_string(payload.nbytes()));
@@ -277,6 +278,12 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
   Group& group = *found->second.second.group;
   const Rank rank = found->second.second.rank;
   if (Status status = checkPush(group, rank, frame, payload); !status.ok()) return status;
+
+  if (frame.again) return onAgain(group, rank, frame, std::move(payload), now, actions);
+  if (wire::operationLane(frame.slot.lane) == wire::kCollectiveLane) {
+    group.members[rank].acked = frame.acked;
+    group.members[rank].acked_epoch = frame.epoch;
+  }
 
   if (const Failure* failure = findFailure(group, operationOf(frame.slot))) {
     wire::Frame reply;
@@ -314,6 +321,7 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
 void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
                     const wire::Frame& frame, Payload payload, Actions& actions) {
   slot.arrived[rank] = 1;
+  ++slot.parts;
   slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
   if (slot.mismatch) {
     // Of a rail only carriers come, too few to say who called what: that is said at the slot where
@@ -334,9 +342,14 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
     if (slot.head.pusher == kAllRanks) place = rank;
     slot.contributions[place] = std::move(payload);
   }
-  // Nobody is answered before all are there: as long as one rank may still show another call, no
-  // result may leave, or some ranks would have it and others an error.
-  if (slot.arrivals.size() < slot.participants) {
+  if (slot.handed_on) return handOn(group, slot, actions);
+  complete(group, slot, actions);
+}
+
+// Nobody is answered before all are there: as long as one rank may still show another call, no
+// result may leave, or some ranks would have it and others an error.
+void Engine::complete(Group& group, Slot& slot, Actions& actions) {
+  if (slot.parts < slot.participants) {
     failIfHopeless(group, slot, actions);
     return;
   }
@@ -346,15 +359,29 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   group.slots.erase(node);
 }
 
+// ------------------------------------------------------------------ answers
+
+void Engine::acknowledge(const Group& group, wire::Frame& result) {
+  result.acked = group.members[0].acked;
+  result.epoch = group.members[0].acked_epoch;
+  for (const Member& member : group.members) {
+    result.acked = std::min(result.acked, member.acked);
+    result.epoch = std::min(result.epoch, member.acked_epoch);
+  }
+}
+
 void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
   ++counters_.slots_done;
+  wire::Frame result;
+  acknowledge(group, result);
   Ready ready;
   ready.replies.reserve(slot.arrivals.size());
   // The worker that this reducer lives in comes last: when its operation is done it may end, and
   // the others' answers must have been handed on by then.
   for (const bool in_process : {false, true}) {
     for (const Arrival& arrival : slot.arrivals) {
-      if (arrival.peer->in_process == in_process) answer(group, slot, arrival, ready.replies);
+      if (arrival.peer->in_process != in_process) continue;
+      answer(group, slot, arrival, result, ready.replies);
     }
   }
   if (hasOnePusher(slot.head)) {
@@ -373,11 +400,11 @@ void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
 }
 
 void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival,
-                    std::vector<Outgoing>& replies) {
+                    const wire::Frame& result, std::vector<Outgoing>& replies) {
   Outgoing out;
   out.to = arrival.peer;
+  out.frame = result;
   out.frame.kind = wire::FrameKind::kResult;
-  out.frame.epoch = slot.head.epoch;
   out.frame.slot = slot.head.slot;
   out.frame.length = slot.head.length;
   const bool pulls = isAmong(group, slot.head.puller, arrival.rank);

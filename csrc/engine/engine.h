@@ -92,10 +92,17 @@ struct EngineCounters {
 
 /// One shard: some of the slots of every group. Not thread safe: the owner serialises the calls.
 ///
+/// What was answered by a reducer that is lost comes again (docs/protocol.md): a result, which
+/// answers everybody who still asks for it, or a part of a rank that needs no answer any more.
+///
 /// A non-ok Status from a method means that the peer broke the protocol: its connection is to be
 /// closed with that message; the other ranks are not harmed (until they wait for that one).
 class Engine {
  public:
+  /// `judges`: what waits for a rank whose connection broke fails. (A standalone reducer does not
+  /// know whether that rank or its own connection is lost.)
+  explicit Engine(bool judges = true) : judges_(judges) {}
+
   /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the
   /// hello.
   void join(const PeerRef& peer, const wire::Hello& hello, Actions& actions);
@@ -105,6 +112,9 @@ class Engine {
 
   Status onPush(const PeerRef& peer, const wire::Frame& frame, Payload payload, TimePoint now,
                 Actions& actions);
+
+  /// The peer has sent all that it had to move here in an epoch.
+  Status onSettled(const PeerRef& peer, const wire::Frame& frame, Actions& actions);
 
   /// The peer gives up an operation: what it has here is dropped, the others get `frame`'s code and
   /// text.
@@ -122,6 +132,10 @@ class Engine {
     bool gone = false;
     std::string gone_text;
     bool left = false;  // gone, in good order
+    /// Its latest word on what is answered there, and the epoch that it came with.
+    std::uint64_t acked = 0;
+    std::uint32_t acked_epoch = 0;
+    std::uint32_t settled = 0;  // epoch
   };
   struct Arrival {
     Rank rank;
@@ -135,6 +149,11 @@ class Engine {
     std::vector<Payload> contributions;  // by rank; of a rail by host; or one of the one pusher
     std::vector<Arrival> arrivals;       // in order of arrival
     std::vector<char> arrived;           // by rank
+    std::size_t parts = 0;               // of `arrived`
+    /// A result that came again, for everybody who asks.
+    bool handed_on = false;
+    Payload handed;
+    std::uint32_t again_epoch = 0;  // the latest in which something came again; 0: nothing did
     bool mismatch = false;
     TimePoint since;
     TimePoint deadline;
@@ -179,15 +198,25 @@ class Engine {
 
   std::unique_ptr<Slot> newSlot(const Group& group, const wire::Frame& frame, TimePoint now);
   void drop(std::unique_ptr<Slot> slot);
+  Status onAgain(Group& group, Rank rank, const wire::Frame& frame, Payload payload, TimePoint now,
+                 Actions& actions);
+  void handOn(const Group& group, Slot& slot, Actions& actions);
+  void complete(Group& group, Slot& slot, Actions& actions);
+  /// What all ranks acknowledge, as a result says it.
+  static void acknowledge(const Group& group, wire::Frame& result);
   void arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
               Payload payload, Actions& actions);
   void finish(const Group& group, Slot& slot, Actions& actions);
   static void answer(const Group& group, const Slot& slot, const Arrival& arrival,
-                     std::vector<Outgoing>& replies);
+                     const wire::Frame& result, std::vector<Outgoing>& replies);
   void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
             Actions& actions);
   bool failIfHopeless(Group& group, Slot& slot, Actions& actions);
+  /// Pieces of an owner that is lost may still come here from ranks that are there.
+  static bool moving(const Group& group);
+  void failHopeless(Group& group, Actions& actions);
 
+  const bool judges_;
   std::unordered_map<std::string, std::unique_ptr<Group>> groups_;  // by job
   std::unordered_map<const Peer*, std::pair<std::string, Place>> places_;
   std::vector<std::unique_ptr<Slot>> spare_;

@@ -26,7 +26,9 @@ std::size_t shardOf(const wire::SlotId& id, std::size_t shards) {
 
 ServerState::ServerState(transport::Transport& t, ServerOptions o)
     : transport(t), options(std::move(o)), started(t.now()) {
-  for (int i = 0; i < std::max(1, options.shards); ++i) shards.push_back(std::make_unique<Shard>());
+  for (int i = 0; i < std::max(1, options.shards); ++i) {
+    shards.push_back(std::make_unique<Shard>(/*judges=*/!options.standalone));
+  }
 }
 
 Status ServerState::join(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
@@ -104,6 +106,7 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
                                               "' is connected already, from " + twin->second);
   }
   record.ranks[hello.rank] = hello.host;
+  if (hello.rank == 0 && session->in_process) record.leads = true;
   sessions.insert(session);
   for (const auto& shard : shards) {
     const std::lock_guard shard_lock(shard->mutex);
@@ -133,6 +136,7 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
     }
   }
   perform(std::move(actions));
+  if (!why.ok()) loseWorker(hello, why);
 }
 
 Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Frame& frame,
@@ -169,6 +173,119 @@ Status ServerState::cancel(const std::shared_ptr<Session>& session, const wire::
   return status;
 }
 
+Status ServerState::settled(const std::shared_ptr<Session>& session, const wire::Frame& frame) {
+  engine::Actions actions;
+  Status status;
+  for (const auto& shard : shards) {
+    const std::lock_guard lock(shard->mutex);
+    const std::uint64_t before = shard->engine.counters().held_bytes;
+    Status one = shard->engine.onSettled(session, frame, actions);
+    held_bytes += shard->engine.counters().held_bytes - before;
+    if (!one.ok()) status = std::move(one);
+  }
+  perform(std::move(actions));
+  return status;
+}
+
+// ------------------------------------------------------------------ lost owners
+
+std::vector<std::shared_ptr<Session>> ServerState::sessionsOf(const std::string& job) {
+  std::vector<std::shared_ptr<Session>> all;
+  {
+    const std::lock_guard lock(registry_mutex);
+    all.assign(sessions.begin(), sessions.end());
+  }
+  std::erase_if(all, [&](const auto& session) { return session->job() != job; });
+  return all;
+}
+
+void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
+  wire::Frame news;
+  {
+    const std::lock_guard lock(registry_mutex);
+    const auto found = groups.find(hello.job);
+    if (found == groups.end()) return;
+    GroupRecord& record = found->second;
+    const std::size_t before = record.lost.size();
+    for (const std::uint32_t owner : frame.owners) {
+      const auto at = std::lower_bound(record.lost.begin(), record.lost.end(), owner);
+      const bool known = at != record.lost.end() && *at == owner;
+      if (!known && owner >= static_cast<std::uint32_t>(record.world_size)) {
+        record.lost.insert(at, owner);
+      }
+    }
+    if (record.lost.size() == before) return;
+    record.why_lost = frame.text;
+    news = newsOf(record);
+  }
+  for (const auto& session : sessionsOf(hello.job)) session->send(news);
+}
+
+wire::Frame ServerState::newsOf(const GroupRecord& record) {
+  wire::Frame news;
+  news.kind = wire::FrameKind::kEpoch;
+  news.epoch = static_cast<std::uint32_t>(record.lost.size());
+  news.owners = record.lost;
+  news.text = record.why_lost;
+  return news;
+}
+
+void ServerState::tellLost(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
+  wire::Frame news;
+  {
+    const std::lock_guard lock(registry_mutex);
+    const auto found = groups.find(hello.job);
+    if (found == groups.end() || found->second.lost.empty()) return;
+    news = newsOf(found->second);
+  }
+  session->send(news);
+}
+
+void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
+  wire::Frame news;
+  {
+    const std::lock_guard lock(registry_mutex);
+    const auto found = groups.find(hello.job);
+    if (found == groups.end()) return;
+    GroupRecord& record = found->second;
+    const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
+    if (options.standalone) {
+      if (why.code() != Code::kUnavailable)
+        return;  // it was thrown out: the engine tells the others
+      if (record.evict_at != TimePoint::max()) return;
+      record.evict_at = transport.now() + options.evict_after;
+      record.evict_why = who + " was lost (" + why.message() + "), or has lost this reducer";
+      return;
+    }
+    if (!record.leads) return;  // who has a connection to it notices; rank 0 tells the others
+    news.kind = wire::FrameKind::kEpoch;
+    news.epoch = static_cast<std::uint32_t>(record.lost.size());
+    news.owners = {static_cast<std::uint32_t>(hello.rank)};
+    news.text = who + " of group '" + hello.group + "' was lost (" + why.message() +
+                "); make a new group without it, or restart it";
+  }
+  for (const auto& session : sessionsOf(hello.job)) session->send(news);
+}
+
+void ServerState::evict(TimePoint now) {
+  std::vector<std::pair<std::string, std::string>> jobs;  // and why
+  {
+    const std::lock_guard lock(registry_mutex);
+    for (auto& [job, record] : groups) {
+      if (record.evict_at > now) continue;
+      record.evict_at = TimePoint::max();
+      jobs.emplace_back(job, record.evict_why);
+    }
+  }
+  for (const auto& [job, why] : jobs) {
+    for (const auto& session : sessionsOf(job)) {
+      session->close(Status(Code::kUnavailable, why), /*flush=*/true);
+    }
+  }
+}
+
+// ------------------------------------------------------------------ time
+
 void ServerState::tick(TimePoint now) {
   engine::Actions actions;
   for (const auto& shard : shards) {
@@ -178,6 +295,7 @@ void ServerState::tick(TimePoint now) {
     held_bytes += shard->engine.counters().held_bytes - before;
   }
   perform(std::move(actions));
+  evict(now);
 
   std::vector<std::shared_ptr<Session>> late;
   {

@@ -21,6 +21,10 @@ struct ServerOptions {
   bool standalone = false;  ///< serves the collectives only: send and recv go from worker to worker
   Duration hello_within = std::chrono::seconds(10);  ///< after which a silent connection is closed
   Duration tick = std::chrono::milliseconds(100);    ///< how often deadlines are looked at
+  /// Standalone: how long after a worker's connection broke the group's other connections are
+  /// closed, too: either that worker is lost, and the group with it, or this reducer is to it, and
+  /// then to all.
+  Duration evict_after = std::chrono::seconds(1);
 };
 
 /// One group of one job, as `Stats` shows it.

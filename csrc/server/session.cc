@@ -9,6 +9,13 @@ namespace {
 // Slots cost memory even where chunks are empty. Far above what a worker has: 1,024 in a lane.
 constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
 
+// Of a host in two levels (4 of 1 MiB).
+constexpr std::uint64_t kSegmentsUnderWay = 4 << 20;
+
+// What moves here when an owner is lost goes ahead of what is under way, a window for each loss.
+// (Nobody has that many to lose.)
+constexpr std::uint32_t kEpochsMax = 1024;
+
 }  // namespace
 
 void Session::onFrame(wire::Frame frame, Payload payload) {
@@ -27,6 +34,16 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
       return state_->cancel(shared_from_this(), frame);
     case wire::FrameKind::kBye:
       said_bye_ = true;
+      return {};
+    case wire::FrameKind::kSettled:
+      again_bytes_ = 0;
+      again_frames_ = 0;
+      return state_->settled(shared_from_this(), frame);
+    case wire::FrameKind::kLost:
+      if (state_->options.standalone || hello_.job.empty()) {
+        return Status(Code::kInvalidArgument, "lost owners are rank 0's to know");
+      }
+      state_->lose(hello_, frame);
       return {};
     default:
       return Status(Code::kInvalidArgument, "a worker does not send frames of kind " +
@@ -50,9 +67,12 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
   // The memory that was promised at hello is all that a worker gets: its own window. (What a
   // worker's own reducer holds for it is the worker's own memory, and send and recv never go
   // through another host.)
+  if (frame.epoch > epoch_) epoch_ = frame.epoch;
+  if (frame.again) return again(frame, std::move(payload));
   const auto length = windowed(frame);
   const std::int64_t outstanding = outstanding_bytes_.fetch_add(length) + length;
-  if (outstanding > static_cast<std::int64_t>(hello_.window_bytes)) {
+  if (outstanding > 0 &&
+      static_cast<std::uint64_t>(outstanding - 1) / windows() >= hello_.window_bytes) {
     return Status(Code::kResourceExhausted, who + " has " + std::to_string(outstanding) +
                                                 " bytes outstanding, more than the window of " +
                                                 std::to_string(hello_.window_bytes) +
@@ -62,6 +82,24 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
     return Status(
         Code::kResourceExhausted,
         who + " has more than " + std::to_string(kOutstandingFramesMax) + " chunks outstanding");
+  }
+  return state_->push(shared_from_this(), frame, std::move(payload));
+}
+
+std::uint64_t Session::windows() const { return 1 + std::min(epoch_.load(), kEpochsMax); }
+
+// A worker keeps no more than two windows of what an owner answered, and in two levels what
+// carriers of other shares may be behind: the segments under way.
+Status Session::again(const wire::Frame& frame, Payload payload) {
+  const std::uint64_t nbytes = again_bytes_ += payload.nbytes();
+  const auto frames = static_cast<std::int64_t>(++again_frames_);
+  if (frame.epoch == 0 || wire::operationLane(frame.slot.lane) != wire::kCollectiveLane ||
+      nbytes / windows() / 2 > hello_.window_bytes + kSegmentsUnderWay ||
+      frames > kOutstandingFramesMax) {
+    return Status(Code::kInvalidArgument,
+                  "rank " + std::to_string(hello_.rank) + " sends " + std::to_string(frames) +
+                      " chunks of " + std::to_string(nbytes) +
+                      " bytes again, more than lost reducers can have answered");
   }
   return state_->push(shared_from_this(), frame, std::move(payload));
 }
@@ -93,7 +131,13 @@ Status Session::hello(const wire::Hello& hello) {
   reply.hello.version = kProtocolVersion;
   reply.hello.host = state_->options.host;
   connection_->send(reply, {});
+  state_->tellLost(shared_from_this(), hello);
   return {};
+}
+
+std::string Session::job() {
+  const std::lock_guard lock(mutex_);
+  return joined_ ? hello_.job : std::string();
 }
 
 void Session::answer(const wire::Frame& frame, Payload payload) {

@@ -22,6 +22,7 @@ class Session;
 /// the group registry's lock is taken at hello and goodbye only.
 struct ServerState : std::enable_shared_from_this<ServerState> {
   struct Shard {
+    explicit Shard(bool judges) : engine(judges) {}
     std::mutex mutex;
     engine::Engine engine;
   };
@@ -35,6 +36,11 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::uint64_t window_bytes = 0;    // of each worker
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
+    std::vector<std::uint32_t> lost;              // owners, rising: kept by rank 0's reducer
+    std::string why_lost;                         // the latest
+    bool leads = false;                           // this is rank 0's reducer
+    TimePoint evict_at = TimePoint::max();
+    std::string evict_why;
   };
 
   ServerState(transport::Transport& transport, ServerOptions options);
@@ -49,6 +55,16 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   void leave(const std::shared_ptr<Session>& session, const wire::Hello& hello, const Status& why);
   Status push(const std::shared_ptr<Session>& session, const wire::Frame& frame, Payload payload);
   Status cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame);
+  Status settled(const std::shared_ptr<Session>& session, const wire::Frame& frame);
+  /// A worker has lost owners: that is told to all workers of the group, once.
+  void lose(const wire::Hello& hello, const wire::Frame& frame);
+  /// A worker is lost: the others of its group are told, or have to leave this reducer.
+  void loseWorker(const wire::Hello& hello, const Status& why);
+  void evict(TimePoint now);
+  std::vector<std::shared_ptr<Session>> sessionsOf(const std::string& job);
+  static wire::Frame newsOf(const GroupRecord& record);
+  /// To one that has just joined.
+  void tellLost(const std::shared_ptr<Session>& session, const wire::Hello& hello);
   void tick(TimePoint now);
   /// Sums what is ready and sends all answers. No lock is held.
   void perform(engine::Actions actions);
@@ -93,10 +109,16 @@ class Session final : public transport::Handler,
   /// Answers with an error and closes.
   void refuse(Code code, const std::string& text);
   void close(const Status& reason, bool flush) { connection_->close(reason, flush); }
+  void send(const wire::Frame& frame) { connection_->send(frame, {}); }
+  /// Of its hello; empty before.
+  std::string job();
 
  private:
   Status dispatch(const wire::Frame& frame, Payload payload);
   Status push(const wire::Frame& frame, Payload payload);
+  Status again(const wire::Frame& frame, Payload payload);
+  /// Windows that the worker may have outstanding: one more for each lost owner.
+  std::uint64_t windows() const;
   Status hello(const wire::Hello& hello);
   /// Bytes of the frame that count against the worker's window.
   std::int64_t windowed(const wire::Frame& frame) const;
@@ -110,6 +132,10 @@ class Session final : public transport::Handler,
   std::atomic<bool> said_bye_{false};
   std::atomic<std::int64_t> outstanding_bytes_{0};
   std::atomic<std::int64_t> outstanding_frames_{0};
+  std::atomic<std::uint32_t> epoch_{0};  // the latest of its frames
+  // Of what came again since it last settled.
+  std::atomic<std::uint64_t> again_bytes_{0};
+  std::atomic<std::uint64_t> again_frames_{0};
 };
 
 }  // namespace reducer::server

@@ -102,6 +102,21 @@ class Reader {
     return true;
   }
 
+  /// Indexes, rising.
+  bool owners(std::vector<std::uint32_t>& out) {
+    Bytes content;
+    if (!bytes(kMaxOwnersBytes, "owners", content)) return false;
+    if (content.empty()) return fail("a list of no owners");
+    Reader in(content, position() - content.size());
+    while (!in.atEnd()) {
+      std::uint32_t owner = 0;
+      if (!in.number(kMaxOwners - 1, "owner", owner)) return failIn("owners", in);
+      if (!out.empty() && owner <= out.back()) return fail("owners that do not rise");
+      out.push_back(owner);
+    }
+    return true;
+  }
+
   template <class T>
   bool fixed(T& out) {
     if (left() < sizeof(T)) return failShort();
@@ -246,11 +261,24 @@ bool readHello(Reader& outer, Hello& hello) {
   return true;
 }
 
+/// Some kinds never leave a process.
+bool kind(Reader& in, FrameKind& out) {
+  std::uint64_t value;
+  if (!in.varint(value)) return false;
+  const bool here = value == static_cast<std::uint64_t>(FrameKind::kArrived) ||
+                    value == static_cast<std::uint64_t>(FrameKind::kLeft);
+  if (value < 1 || value > static_cast<std::uint64_t>(FrameKind::kSettled) || here) {
+    return in.fail("kind " + std::to_string(value) + " is not known");
+  }
+  out = static_cast<FrameKind>(value);
+  return true;
+}
+
 /// Every field but the payload.
 bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
   switch (tag) {
     case frame_tag::kKind:
-      return in.known(1, 7, "kind", frame.kind);
+      return kind(in, frame.kind);
     case frame_tag::kEpoch:
       return in.number(kMaxUint32, "epoch", frame.epoch);
     case frame_tag::kLane:
@@ -292,6 +320,12 @@ bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
       return in.string("text", true, frame.text);
     case frame_tag::kHello:
       return readHello(in, frame.hello);
+    case frame_tag::kAcked:
+      return in.varint(frame.acked);
+    case frame_tag::kAgain:
+      return in.number(1, "again", frame.again);
+    case frame_tag::kOwners:
+      return in.owners(frame.owners);
     default:
       return in.unexpected(tag);
   }
@@ -319,6 +353,16 @@ bool consistent(Reader& in, const Frame& frame, std::size_t payload_nbytes) {
     return opens ? in.fail("a hello or welcome without its content")
                  : in.fail("a hello in a frame that has none (kind " +
                            std::to_string(int(frame.kind)) + ")");
+  }
+  const bool lists = frame.kind == FrameKind::kLost || frame.kind == FrameKind::kEpoch;
+  if (lists != in.met(frame_tag::kOwners)) {
+    return lists ? in.fail("lost owners, but none is named")
+                 : in.fail("owners in a frame that has none (kind " +
+                           std::to_string(int(frame.kind)) + ")");
+  }
+  if (frame.again && frame.kind != FrameKind::kPush) {
+    return in.fail("only a push comes again, and this is of kind " +
+                   std::to_string(int(frame.kind)));
   }
   if (frame.kind == FrameKind::kHello) {
     if (frame.hello.world_size < 1) return in.fail("the world size is 0");

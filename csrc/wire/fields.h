@@ -7,6 +7,7 @@
 
 #include "common/limits.h"
 #include "common/payload.h"
+#include "wire/frame.h"
 
 namespace reducer::wire {
 
@@ -36,6 +37,9 @@ inline constexpr std::uint32_t kFatal = fieldTag(18, kVarint);
 inline constexpr std::uint32_t kCode = fieldTag(19, kVarint);
 inline constexpr std::uint32_t kText = fieldTag(20, kDelimited);
 inline constexpr std::uint32_t kHello = fieldTag(21, kDelimited);
+inline constexpr std::uint32_t kAcked = fieldTag(22, kVarint);
+inline constexpr std::uint32_t kAgain = fieldTag(23, kVarint);
+inline constexpr std::uint32_t kOwners = fieldTag(24, kDelimited);
 inline constexpr std::uint32_t kPayload = fieldTag(31, kDelimited);
 }  // namespace frame_tag
 
@@ -55,8 +59,12 @@ inline constexpr std::uint32_t kHosts = fieldTag(10, kDelimited);
 /// The host of every rank of the largest group: varints of two bytes.
 inline constexpr std::size_t kMaxHostsBytes = 2 * static_cast<std::size_t>(kMaxWorldSize);
 
-/// More than any header needs: five texts (of the frame and of its hello), the hosts, and some 150
-/// bytes of numbers.
-inline constexpr std::size_t kMaxHeaderBytes = 5 * kMaxTextBytes + kMaxHostsBytes + 512;
+/// Owners of the largest group, workers first: varints of two bytes.
+inline constexpr std::size_t kMaxOwnersBytes = 2 * std::size_t{kMaxOwners};
+
+/// More than any header needs: five texts (of the frame and of its hello), the hosts, the owners,
+/// and some 150 bytes of numbers.
+inline constexpr std::size_t kMaxHeaderBytes =
+    5 * kMaxTextBytes + kMaxHostsBytes + kMaxOwnersBytes + 512;
 
 }  // namespace reducer::wire

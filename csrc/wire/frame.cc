@@ -12,7 +12,7 @@
 namespace reducer::wire {
 namespace {
 
-/// All numbers of a frame, its payload's tag and length: 16 varints of at most 10 bytes and their
+/// All numbers of a frame, its payload's tag and length: 18 varints of at most 10 bytes and their
 /// tags fit.
 constexpr std::size_t kNumbersBytesMax = 256;
 
@@ -101,6 +101,22 @@ void writePayloadPrefix(Writer& out, std::size_t payload_nbytes) {
   out.varint(payload_nbytes);
 }
 
+/// What comes behind the text and the hello, where there are such.
+void writeFailover(Writer& out, const Frame& frame) {
+  out.number(frame_tag::kAcked, frame.acked);
+  out.number(frame_tag::kAgain, frame.again ? 1 : 0);
+}
+
+void writeOwners(Writer& out, const std::vector<std::uint32_t>& owners) {
+  if (owners.empty()) return;
+  REDUCER_CHECK(owners.size() <= kMaxOwners && owners.back() < kMaxOwners);
+  std::vector<std::byte> packed(kMaxOwnersBytes);
+  Writer content(packed.data());
+  for (const std::uint32_t owner : owners) content.varint(owner);
+  const auto nbytes = static_cast<std::size_t>(content.at() - packed.data());
+  out.bytes(frame_tag::kOwners, {reinterpret_cast<const char*>(packed.data()), nbytes});
+}
+
 void writeHosts(Writer& out, const std::vector<std::uint32_t>& hosts) {
   if (hosts.empty()) return;
   REDUCER_CHECK(hosts.size() <= static_cast<std::size_t>(kMaxWorldSize));
@@ -133,13 +149,14 @@ std::vector<std::byte> encodeHello(const Hello& hello) {
   return bytes;
 }
 
-/// The rare frames: errors, and the two that open a connection.
+/// The rare frames: errors, the two that open a connection, lost owners.
 std::vector<std::byte> encodeWithTexts(const Frame& frame, std::size_t payload_nbytes,
                                        bool with_hello) {
   const std::string text = toUtf8(frame.text, kMaxTextBytes);
   std::vector<std::byte> hello;
   if (with_hello) hello = encodeHello(frame.hello);
-  std::vector<std::byte> header(kNumbersBytesMax + text.size() + hello.size());
+  const std::size_t owners_bytes = frame.owners.empty() ? 0 : kMaxOwnersBytes;
+  std::vector<std::byte> header(kNumbersBytesMax + text.size() + hello.size() + owners_bytes);
   Writer out(header.data());
   writeNumbers(out, frame);
   out.bytes(frame_tag::kText, text);
@@ -149,6 +166,8 @@ std::vector<std::byte> encodeWithTexts(const Frame& frame, std::size_t payload_n
     if (!hello.empty()) std::memcpy(out.at(), hello.data(), hello.size());
     out = Writer(out.at() + hello.size());
   }
+  writeFailover(out, frame);
+  writeOwners(out, frame.owners);
   writePayloadPrefix(out, payload_nbytes);
   header.resize(static_cast<std::size_t>(out.at() - header.data()));
   return header;
@@ -158,10 +177,13 @@ std::vector<std::byte> encodeWithTexts(const Frame& frame, std::size_t payload_n
 
 std::vector<std::byte> encodeHeader(const Frame& frame, std::size_t payload_nbytes) {
   const bool with_hello = frame.kind == FrameKind::kHello || frame.kind == FrameKind::kWelcome;
-  if (with_hello || !frame.text.empty()) return encodeWithTexts(frame, payload_nbytes, with_hello);
+  if (with_hello || !frame.text.empty() || !frame.owners.empty()) {
+    return encodeWithTexts(frame, payload_nbytes, with_hello);
+  }
   std::byte numbers[kNumbersBytesMax];
   Writer out(numbers);
   writeNumbers(out, frame);
+  writeFailover(out, frame);
   writePayloadPrefix(out, payload_nbytes);
   return std::vector<std::byte>(numbers, out.at());
 }

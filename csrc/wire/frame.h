@@ -28,6 +28,11 @@ enum class FrameKind : std::uint8_t {
                  ///< rank waits, and no receive was there before it
   kLeft = 9,     ///< reducer -> the worker in its own process, never on the wire: rank `pusher` has
                  ///< left the group in good order
+  // How a lost reducer is replaced: docs/protocol.md.
+  kLost = 10,   ///< worker -> rank 0's reducer: `owners` are lost to this rank
+  kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch
+  kSettled =
+      12,  ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
 };
 
 /// Which slot of a group a frame belongs to.
@@ -65,11 +70,14 @@ struct Hello {
   bool operator==(const Hello&) const = default;
 };
 
+/// Workers and standalone reducers of one group.
+inline constexpr std::uint32_t kMaxOwners = 1 << 14;
+
 /// Everything of a frame but the payload. Fields that a kind does not use stay at their defaults,
 /// and defaults are not on the wire.
 struct Frame {
   FrameKind kind = FrameKind::kPush;
-  std::uint32_t epoch = 0;
+  std::uint32_t epoch = 0;  ///< how many owners the sender knows to be lost; kResult: `acked`'s
   SlotId slot;
   Call call;
   Rank pusher = kAllRanks;       ///< the one rank that pushes, a rail, or kAllRanks
@@ -80,9 +88,16 @@ struct Frame {
   bool has_checksum = false;
   std::uint32_t checksum = 0;  ///< CRC32C of the payload
   bool fatal = false;          ///< kError: nothing more will work on this connection
-  Code code = Code::kOk;       ///< kError, kCancel
-  std::string text;            ///< kError, kCancel: the message
-  Hello hello;                 ///< kHello; kWelcome: version, and host = the reducer's
+  /// kPush, kSettled: every piece with a smaller key that goes to this owner is answered on this
+  /// rank. kResult: on all ranks.
+  std::uint64_t acked = 0;
+  /// kPush: the payload is the result that another owner had given to this rank, or what this rank
+  /// had pushed there and was answered; no answer is wanted.
+  bool again = false;
+  std::vector<std::uint32_t> owners;  ///< kLost, kEpoch: indexes of owners, rising
+  Code code = Code::kOk;              ///< kError, kCancel
+  std::string text;                   ///< kError, kCancel: the message
+  Hello hello;                        ///< kHello; kWelcome: version, and host = the reducer's
   bool operator==(const Frame&) const = default;
 };
 

@@ -224,7 +224,15 @@ TEST(Frame, RefusesWhatIsNoMessage) {
   expectRefused(raw({0x08, 0}), "kind 0 is not known");
   expectRefused(raw({0x08, 8}), "kind 8 is not known");
   expectRefused(raw({0x08, 7, 0x08, 7}), "field 1 comes twice (byte 3)");
-  expectRefused(raw({0x08, 7, 0xB0, 1, 1}), "field 22 of wire type 0 is not known");
+  expectRefused(raw({0x08, 9}), "kind 9 is not known");
+  expectRefused(raw({0x08, 13}), "kind 13 is not known");
+  expectRefused(raw({0x08, 10}), "lost owners, but none is named");
+  expectRefused(raw({0x08, 7, 0xC2, 1, 1, 3}), "owners in a frame that has none (kind 7)");
+  expectRefused(raw({0x08, 11, 0xC2, 1, 0}), "a list of no owners");
+  expectRefused(raw({0x08, 11, 0xC2, 1, 2, 3, 3}), "owners that do not rise");
+  expectRefused(raw({0x08, 11, 0xC2, 1, 3, 0x80, 0x80, 1}), "owner 16384 is over the limit");
+  expectRefused(raw({0x08, 7, 0xB8, 1, 1}), "only a push comes again, and this is of kind 7");
+  expectRefused(raw({0x08, 7, 0xC8, 1, 1}), "field 25 of wire type 0 is not known");
   expectRefused(raw({0x08, 7, 0x80, 2, 1}), "field 32 of wire type 0 is not known");
   expectRefused(raw({0x08, 7, 0x12, 1, 1}), "field 2 of wire type 2 is not known");
   expectRefused(raw({0x08, 7, 0x00, 1}), "field 0");
@@ -300,13 +308,13 @@ TEST(Frame, RefusesBadHellos) {
                   h.hosts = {0, 1, 0};
                 }),
                 "the hosts of 3 ranks in a world of 4");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 1, 0x52, 0}), "in hello: hosts of no rank");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x52, 0}), "in hello: hosts of no rank");
   expectRefused(raw({0x08, 2}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 1}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 7, 0xAA, 1, 0}), "a hello in a frame that has none");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 3, 0x08, 1, 0x20}), "in hello: it ends within a field");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 1, 0x50, 1}), "in hello: field 10");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 1, 0x08, 1}), "in hello: field 1 comes twice");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 3, 0x08, 2, 0x20}), "in hello: it ends within a field");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x50, 1}), "in hello: field 10");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x08, 2}), "in hello: field 1 comes twice");
 }
 
 TEST(Frame, AHelloOfAnotherVersionIsReadAsFarAsItsVersion) {
@@ -330,7 +338,7 @@ TEST(Frame, AHelloOfAnotherVersionIsReadAsFarAsItsVersion) {
   }
   // No version at all is version 0; a hello of this version is not excused.
   EXPECT_TRUE(decodeAlone(raw({0x08, 1, 0xAA, 1, 0})).ok());
-  expectRefused(raw({0x08, 1, 0xAA, 1, 2, 0x08, 1, 0xA2, 6, 0}), "field 100");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 2, 0x08, 2, 0xA2, 6, 0}), "field 100");
 }
 
 TEST(Frame, TextsAreCutAndMadeUtf8BySendersAndCheckedByReceivers) {

@@ -85,7 +85,8 @@ inline wire::Hello anyHello(Random& random) {
 inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
                             std::size_t& payload_nbytes) {
   wire::Frame frame;
-  frame.kind = static_cast<wire::FrameKind>(1 + upTo(random, 6));
+  const std::uint64_t kind = 1 + upTo(random, 9);  // 8 and 9 never leave a process
+  frame.kind = static_cast<wire::FrameKind>(kind < 8 ? kind : kind + 2);
   payload_nbytes = 0;
   frame.epoch = static_cast<std::uint32_t>(anyNumber(random, 32));
   frame.slot = {anyNumber(random, 64), anyNumber(random, 64),
@@ -95,6 +96,15 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
     frame.hello.version = kProtocolVersion;
     frame.hello.host = anyText(random);
   }
+  if (frame.kind == wire::FrameKind::kLost || frame.kind == wire::FrameKind::kEpoch) {
+    std::uint32_t owner = 0;
+    for (std::uint64_t i = upTo(random, 20) + 1; i > 0; --i) {
+      owner += 1 + static_cast<std::uint32_t>(upTo(random, 300));
+      frame.owners.push_back(owner);
+    }
+    if (upTo(random, 1) == 1) frame.text = anyText(random);
+  }
+  if (frame.kind == wire::FrameKind::kSettled) frame.acked = anyNumber(random, 64);
   if (frame.kind == wire::FrameKind::kError || frame.kind == wire::FrameKind::kCancel) {
     frame.fatal = upTo(random, 1) == 1;
     frame.code = static_cast<Code>(upTo(random, 8));
@@ -109,6 +119,8 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
     frame.pusher = anyRanks(random);
     frame.puller = anyRanks(random);
     frame.offset = anyNumber(random, 62);
+    frame.acked = anyNumber(random, 64);
+    frame.again = frame.kind == wire::FrameKind::kPush && upTo(random, 1) == 1;
     frame.timeout_ms = static_cast<std::uint32_t>(anyNumber(random, 32));
     frame.length = upTo(random, payload_nbytes_max);
     if (upTo(random, 3) > 0) payload_nbytes = frame.length;

@@ -136,7 +136,7 @@ TEST(Simulation, TellsWhatAnOwnerPromisesAndHowManyConnectionsThereAre) {
   ASSERT_TRUE(job.ok());
   const Shape shape = job.value()->shape();
   EXPECT_EQ(shape.algorithm, Algorithm::kServer);
-  EXPECT_EQ(shape.worker_connections, 3u);
+  EXPECT_EQ(shape.worker_connections, 3u + 5u) << "rank 0 keeps the list of lost reducers";
   EXPECT_EQ(shape.reducer_connections, 6u);
   EXPECT_EQ(shape.window_bytes, 3u << 20);
   EXPECT_EQ(shape.promised_bytes, 2u * 6 << 20);

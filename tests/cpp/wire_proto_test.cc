@@ -78,6 +78,9 @@ v1::Frame toProto(const Frame& frame, const std::vector<std::byte>& payload) {
   if (frame.kind == FrameKind::kHello || frame.kind == FrameKind::kWelcome) {
     fillHello(frame.hello, *out.mutable_hello());
   }
+  out.set_acked(frame.acked);
+  out.set_again(frame.again);
+  for (const std::uint32_t owner : frame.owners) out.add_owners(owner);
   out.set_payload(asString(payload));
   return out;
 }

@@ -1,0 +1,123 @@
+"""Standalone reducers that die in the middle of training: nobody fails, and no bit changes (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, ready_address, start_reducer
+from test_backend_answer import contribution
+
+
+@contextlib.contextmanager
+def killable_reducers(count: int) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
+    """`count` reducers, and REDUCER_SERVERS."""
+    processes = [start_reducer() for _ in range(count)]
+    try:
+        yield processes, ",".join(ready_address(process) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def reduce_and_check(seconds: float, counts: list[int]) -> tuple[int, float]:
+    """All-reduces in place, several under way, each checked to the bit; how many, and the longest pause."""
+    n = dist.get_world_size()
+    expected = {}
+    for count in counts:
+        total = contribution(0, count, count, torch.float32)
+        for rank in range(1, n):
+            total = total + contribution(rank, count, count, torch.float32)
+        expected[count] = total
+    mine = {count: contribution(dist.get_rank(), count, count, torch.float32) for count in counts}
+    done = 0
+    longest = 0.0
+    going = torch.ones(1)
+    end = time.monotonic() + seconds
+    while True:
+        began = time.monotonic()
+        tensors = {count: mine[count].clone() for count in counts}
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors.values()]:
+            work.wait()
+        for count, tensor in tensors.items():
+            assert torch.equal(tensor, expected[count]), f"{count} elements after {done} rounds"
+        longest = max(longest, time.monotonic() - began)
+        done += 1
+        going.fill_(1.0 if time.monotonic() < end else 0.0)
+        dist.all_reduce(going, op=dist.ReduceOp.MIN)  # all stop at the same round
+        if not going.item():
+            return done, longest
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "servers", "transport"),
+    [
+        ("server", 3, "auto"),
+        ("server", 3, "grpc"),
+        ("mixed", 2, "auto"),
+        ("auto", 2, "auto"),
+    ],
+)
+def test_reducers_die_one_after_the_other_and_the_training_goes_on(
+    algorithm: str, servers: int, transport: str
+) -> None:
+    with killable_reducers(servers) as (processes, addresses):
+        env = [
+            {
+                "REDUCER_SERVERS": addresses,
+                "REDUCER_ALGORITHM": algorithm,
+                "REDUCER_TRANSPORT": transport,
+                "REDUCER_CHUNK_BYTES": "16KiB",
+                "REDUCER_TEST_PLACE": f"host{rank}",
+            }
+            for rank in range(3)
+        ]
+        with Ranks(3, env) as ranks:
+            ranks.call(reduce_and_check, 0.2, [1000])
+            ranks.start([0, 1, 2], reduce_and_check, 1.0 + 0.7 * servers, [7, 5_000, 300_000, 1_000_003])
+            for process in processes:
+                time.sleep(0.7)
+                process.kill()
+            rounds = [outcome.value for outcome in ranks.answers([0, 1, 2], 60.0)]
+            logs = ranks.logs()
+    assert len({done for done, _ in rounds}) == 1
+    assert max(longest for _, longest in rounds) < 3.0, rounds
+    assert logs.count("warning") == servers, logs
+    assert "by the workers themselves from now on" in logs
+
+
+def test_a_reducer_that_two_groups_use() -> None:
+    with killable_reducers(2) as (processes, addresses):
+        env = {"REDUCER_SERVERS": addresses, "REDUCER_ALGORITHM": "server"}
+        with Ranks(4, env) as ranks:
+            ranks.start([0, 1, 2, 3], two_groups, 2.0)
+            time.sleep(0.8)
+            os.kill(processes[0].pid, signal.SIGKILL)
+            assert all(outcome.value > 0 for outcome in ranks.answers([0, 1, 2, 3], 60.0))
+
+
+def two_groups(seconds: float) -> int:
+    rank = dist.get_rank()
+    halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = halves[rank % 2]
+    done = 0
+    end = time.monotonic() + seconds
+    going = torch.ones(1)
+    while going.item():
+        for group, size, value in ((mine, 2, 100_000), (dist.group.WORLD, 4, 50_000)):
+            tensor = torch.full((value,), float(rank + 1))
+            dist.all_reduce(tensor, group=group)
+            total = sum(range(1, 5)) if size == 4 else 2 * (rank % 2 + 1) + 2
+            assert torch.equal(tensor, torch.full((value,), float(total)))
+        done += 1
+        going.fill_(1.0 if time.monotonic() < end else 0.0)
+        dist.all_reduce(going, op=dist.ReduceOp.MIN)
+    return done
