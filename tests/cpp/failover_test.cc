@@ -237,7 +237,7 @@ TEST(FailoverThreads, WithRanksThatShareHostsAndWithout) {
       std::vector<std::thread> threads;
       for (Rank r = 0; r < workers; ++r) {
         callers.push_back(std::make_unique<Caller>(cluster.group(r), 60'000));
-        threads.emplace_back([&, r] { callers[r]->run(40); });
+        threads.emplace_back([caller = callers.back().get()] { caller->run(40); });
       }
       for (const int server : {1, 0, 2}) {
         std::this_thread::sleep_for(std::chrono::milliseconds(30 + random() % 60));
