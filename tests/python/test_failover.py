@@ -89,8 +89,8 @@ def test_reducers_die_one_after_the_other_and_the_training_goes_on(
             rounds = [outcome.value for outcome in ranks.answers([0, 1, 2], 60.0)]
             logs = ranks.logs()
     assert len({done for done, _ in rounds}) == 1
-    assert max(longest for _, longest in rounds) < 3.0, rounds
-    assert logs.count("warning") == servers, logs
+    assert max(longest for _, longest in rounds) < 10.0, rounds
+    assert logs.count("reducer: warning") == servers, logs
     assert "by the workers themselves from now on" in logs
 
 
