@@ -126,9 +126,14 @@ void GroupState::onEpoch(const wire::Frame& frame) {
           static_cast<std::size_t>(std::count(lost_.begin() + config_.world_size, lost_.end(), 0));
     }
   }
-  for (const OwnerIndex owner : frame.owners) {
-    if (losable(owner)) continue;
-    abort(Status(Code::kUnavailable, frame.text));  // a worker: its part is gone, too
+  if (std::any_of(frame.owners.begin(), frame.owners.end(),
+                  [this](OwnerIndex owner) { return !losable(owner); })) {
+    // A worker: its part is gone, and the group with it. What it had its part in may still come.
+    const std::lock_guard lock(mutex_);
+    if (worker_lost_.ok()) {
+      worker_lost_ = Status(Code::kUnavailable, frame.text);
+      worker_lost_at_ = transport_.now();
+    }
   }
   if (lost.empty()) return;
   if (config_.rank == 0) warnLost(lost, left, frame.text);
@@ -160,7 +165,8 @@ std::vector<Link::Taken> GroupState::move(const std::vector<OwnerIndex>& lost,
   }
   const bool any = std::find(lost_.begin() + config_.world_size, lost_.end(), 0) != lost_.end();
   for (OwnerIndex owner = 0; owner < links_.size(); ++owner) {
-    if (lost_[owner] != 0) continue;
+    // Workers inherit only when no standalone reducer is left, and enter all epochs then.
+    if (lost_[owner] != 0 || (any && !losable(owner))) continue;
     std::vector<std::shared_ptr<Operation>> heirs;
     for (const Cursor& cursor : heritage[owner].unanswered) heirs.push_back(cursor.operation);
     const Status status =

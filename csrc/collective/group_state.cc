@@ -23,6 +23,9 @@ constexpr Duration kTick = std::chrono::milliseconds(50);
 // more.
 constexpr Duration kGrace = std::chrono::milliseconds(1000);
 
+// A worker that is lost may have had its part in calls whose answers are still on their way.
+constexpr Duration kLostGrace = std::chrono::milliseconds(200);
+
 std::uint64_t fnv1a(const std::string& text) {
   std::uint64_t hash = 0xCBF29CE484222325ULL;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3ULL;
@@ -531,10 +534,13 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
 
 void GroupState::tick(TimePoint now) {
   std::vector<Receives::Request> late;
+  Status lost;
   {
     const std::lock_guard lock(mutex_);
     late = receives_.late(now);
+    if (!worker_lost_.ok() && now - worker_lost_at_ >= kLostGrace) lost = worker_lost_;
   }
+  if (!lost.ok()) abort(lost);
   for (const Receives::Request& request : late) request.fail(Status());
   for (const auto& operation : operations()) {
     const auto& info = operation->info();

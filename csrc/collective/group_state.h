@@ -147,6 +147,8 @@ class GroupState final : public LinkEvents,
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
+  Status worker_lost_;  // as rank 0's reducer says
+  TimePoint worker_lost_at_;
   std::vector<char> lost_;               // by OwnerIndex
   std::atomic<std::uint32_t> epoch_{0};  // how many of them
   std::shared_ptr<HostStage> stage_;     // since the first operation that needs it

@@ -123,6 +123,8 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
     const auto found = groups.find(hello.job);
     if (found != groups.end()) {
       found->second.ranks.erase(hello.rank);
+      // Rank 0 has left: how the others go is none of its business.
+      if (session->in_process) found->second.leads = false;
       if (found->second.ranks.empty()) {
         reserved_bytes -= found->second.reserved_bytes;
         groups.erase(found);

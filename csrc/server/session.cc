@@ -12,6 +12,9 @@ constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
 // Of a host in two levels (4 of 1 MiB).
 constexpr std::uint64_t kSegmentsUnderWay = 4 << 20;
 
+// What may come again, in windows of this reducer.
+constexpr std::uint64_t kAgainWindows = 16;
+
 // What moves here when an owner is lost goes ahead of what is under way, a window for each loss.
 // (Nobody has that many to lose.)
 constexpr std::uint32_t kEpochsMax = 1024;
@@ -88,13 +91,14 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
 
 std::uint64_t Session::windows() const { return 1 + std::min(epoch_.load(), kEpochsMax); }
 
-// A worker keeps no more than two windows of what an owner answered, and in two levels what
-// carriers of other shares may be behind: the segments under way.
+// A worker keeps no more than two windows of what an owner answered, whose window may be larger
+// than this one's, and in two levels what carriers of other shares may be behind: segments under
+// way.
 Status Session::again(const wire::Frame& frame, Payload payload) {
   const std::uint64_t nbytes = again_bytes_ += payload.nbytes();
   const auto frames = static_cast<std::int64_t>(++again_frames_);
   if (frame.epoch == 0 || wire::operationLane(frame.slot.lane) != wire::kCollectiveLane ||
-      nbytes / windows() / 2 > hello_.window_bytes + kSegmentsUnderWay ||
+      nbytes / windows() / kAgainWindows > hello_.window_bytes + kSegmentsUnderWay ||
       frames > kOutstandingFramesMax) {
     return Status(Code::kInvalidArgument,
                   "rank " + std::to_string(hello_.rank) + " sends " + std::to_string(frames) +

@@ -187,6 +187,60 @@ TEST(Failover, NothingIsLostWhateverDiesAndWheneverOnEverySeed) {
   }
 }
 
+// Nobody moves anything to a worker while a standalone reducer is left: it says at once who has
+// left.
+TEST(Failover, ARankThatLeavesAfterALossIsNamedAtOnce) {
+  SimCluster cluster(clusterOf(Algorithm::kMixed, 3, 2, 1));
+  const auto together = [&] {
+    std::vector<std::vector<float>> data(3, std::vector<float>(20'000, 1.0f));
+    std::vector<Outcome> outcomes(3);
+    for (Rank r = 0; r < 3; ++r) {
+      cluster.group(r).allReduce(data[r].data(), data[r].data(), data[r].size(), DataType::kFloat32,
+                                 ReduceOp::kSum, within(std::chrono::seconds(10)),
+                                 outcomes[r].callback());
+    }
+    ASSERT_TRUE(cluster.finish(outcomes));
+    for (Rank r = 0; r < 3; ++r) {
+      EXPECT_TRUE(outcomes[r].status.ok()) << outcomes[r].status.message();
+      EXPECT_EQ(data[r], std::vector<float>(20'000, 3.0f));
+    }
+  };
+  together();
+  cluster.network().kill("server0");
+  together();
+  std::vector<Outcome> received(1);
+  float value = 0;
+  cluster.group(2).recv(&value, 1, DataType::kFloat32, 1, 0, within(std::chrono::seconds(30)),
+                        received[0].callback());
+  cluster.group(1).close();
+  ASSERT_TRUE(cluster.finish(received, std::chrono::seconds(5))) << "it waits for its timeout";
+  EXPECT_EQ(received[0].status.code(), Code::kUnavailable);
+  EXPECT_NE(received[0].status.message().find("rank 1"), std::string::npos)
+      << received[0].status.message();
+}
+
+TEST(Failover, AWorkersDeathIsToldToThoseWhoHaveNoConnectionToIt) {
+  SimCluster cluster(clusterOf(Algorithm::kServer, 4, 2, 1));
+  std::vector<Outcome> met(4);
+  for (Rank r = 0; r < 4; ++r) {
+    cluster.group(r).barrier(within(std::chrono::seconds(10)), met[r].callback());
+  }
+  ASSERT_TRUE(cluster.finish(met));
+  std::vector<Outcome> outcomes(3);
+  const Rank rest[] = {0, 1, 3};
+  for (std::size_t i = 0; i < 3; ++i) {
+    cluster.group(rest[i]).barrier(within(std::chrono::seconds(60)), outcomes[i].callback());
+  }
+  cluster.network().kill("worker2");
+  ASSERT_TRUE(cluster.finish(outcomes, std::chrono::seconds(3)));
+  for (const Outcome& outcome : outcomes) {
+    EXPECT_EQ(outcome.status.code(), Code::kUnavailable);
+    EXPECT_NE(outcome.status.message().find("rank 2 (worker2:1) of group 'default' was lost"),
+              std::string::npos)
+        << outcome.status.message();
+  }
+}
+
 // ------------------------------------------------------------------ real threads, real time
 
 /// One rank's calls, one after the other, until it is told to stop; sums of known numbers.

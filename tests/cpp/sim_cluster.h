@@ -58,6 +58,7 @@ class SimCluster {
       server::ServerOptions server;
       server.host = "server" + std::to_string(k) + ":1";
       server.memory_limit_bytes = options_.server_memory_bytes;
+      server.standalone = true;
       reducers_.push_back(std::make_unique<server::ReducerServer>(*hosts_.back(), server));
       EXPECT_TRUE(reducers_.back()->listen("server" + std::to_string(k) + ":7000").ok());
       server_addresses_.push_back(reducers_.back()->address());
