@@ -37,6 +37,9 @@ _VERDICT_GRACE = timedelta(seconds=5)
 # How long rank 0, whose process often holds the store, stays so that the others can read why it failed.
 _FAREWELL = timedelta(seconds=5)
 
+# What a rank tries to have of shared memory before it promises the others of its host to share some.
+_MEMORY_NEEDED = 1 << 20
+
 _native: ModuleType | None = None
 
 
@@ -123,6 +126,8 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         raise
     _publish_entry(place, runtime.address, settings)
     verdict = _conclude(place, settings) if place.rank == 0 else _await_verdict(place)
+    if verdict["flat"] and place.rank == 0:
+        log.warning(place.says("%s; every rank goes over the network for itself"), verdict["flat"])
     backend: _torch.ReducerBackend = native.ReducerBackend(
         runtime=runtime,
         job=bytes.fromhex(verdict["job"]),
@@ -137,7 +142,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         worker_bandwidths=verdict["worker_bandwidths"],
         server_bandwidths=verdict["server_bandwidths"],
         algorithm=settings.algorithm,
-        transport=settings.transport,
+        transport="tcp" if verdict["flat"] else settings.transport,
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
@@ -208,10 +213,24 @@ def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
         # Tests play several hosts on one machine.
         "place": os.environ.get("REDUCER_TEST_PLACE") or _core.host_identity(),
         "bandwidth": settings.bandwidth,
+        "no_memory": _no_shared_memory(),
         "settings": shared,
         "chosen": bool(settings.interface),
     }
     place.store.set(f"{place.prefix}/entry/{place.rank}", json.dumps(entry))
+
+
+def _no_shared_memory() -> str:
+    """Why this process cannot have memory to share; "" if it can."""
+    try:
+        memory = os.memfd_create("reducer", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(memory, 0, _MEMORY_NEEDED)
+        finally:
+            os.close(memory)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _publish_failure(place: _Place, error: Exception) -> None:
@@ -313,12 +332,32 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
             "server_bandwidths": server_bandwidths,
             "places": [entries[rank]["place"] for rank in range(place.world_size)],
         }
+        verdict["flat"] = _flat(entries, settings)
         verdict |= _samples(place, settings, verdict)
     except errors.ReducerError as error:
         _publish_verdict(place, {"error": str(error), "kind": type(error).__name__}, absent)
         raise type(error)(place.says(str(error))) from None
     _publish_verdict(place, verdict)
     return verdict
+
+
+def _flat(entries: dict[int, dict[str, Any]], settings: Settings) -> str:
+    """Why ranks of several hosts cannot go in two levels, though some share a host; "" if they can or need not.
+
+    (Ranks that are all on one host find out at their first collective.)
+    """
+    places = [entry["place"] for entry in entries.values()]
+    if settings.transport not in ("auto", "shm") or len(set(places)) in (1, len(places)):
+        return ""
+    for rank, entry in sorted(entries.items()):
+        if entry["no_memory"] and places.count(entry["place"]) > 1:
+            why = f"rank {rank} ({entry['host']}) cannot share memory: {entry['no_memory']}"
+            if settings.transport == "shm":
+                raise errors.UnavailableError(
+                    f"REDUCER_TRANSPORT is 'shm', and {why}; mend that, or allow the network with 'auto'"
+                )
+            return why
+    return ""
 
 
 def _samples(place: _Place, settings: Settings, verdict: dict[str, Any]) -> dict[str, Any]:

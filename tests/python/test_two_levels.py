@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Ranks, here, init_group
 from test_backend_answer import BITS, contribution
+
+import reducer
 
 # Hosts by rank, algorithm, standalone reducers.
 CLUSTERS = [
@@ -118,6 +122,33 @@ def test_without_shared_memory_the_bits_are_the_same() -> None:
         ranks.call(check_many, "aabb")
         ranks.call(check_others, "aabb", 100_001)
         assert ranks.call(shared_memory_maps) == [0, 0, 0, 0]
+
+
+def without_memory(placement: str) -> str:
+    """In a rank: the third one may have no file grow, and so has no memory to share."""
+    if here().rank == 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        init_group()
+    except reducer.UnavailableError as error:
+        return str(error)
+    check_bits(placement, 5, 200_000, torch.float32, False)
+    check_others(placement, 100_001)
+    assert shared_memory_maps() == 0
+    return ""
+
+
+def test_a_rank_without_memory_sends_all_over_the_network_and_one_rank_says_so() -> None:
+    with Ranks(4, environment("aabb", "direct", []), init=False) as ranks:
+        assert ranks.call(without_memory, "aabb") == [""] * 4
+        logs = ranks.logs()
+    assert logs.count("cannot share memory: File too large; every rank goes over the network for itself") == 1, logs
+    assert "rank 2 (" in logs
+    with Ranks(4, environment("aabb", "direct", [], transport="shm"), init=False) as ranks:
+        for text in ranks.call(without_memory, "aabb"):
+            assert "REDUCER_TRANSPORT is 'shm', and rank 2 (" in text
+            assert "cannot share memory: File too large; mend that" in text
 
 
 def reduce_until_it_fails() -> str:
