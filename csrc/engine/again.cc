@@ -29,11 +29,7 @@ Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payloa
   if (slot.arrived[rank] || slot.mismatch) return {};
   slot.arrived[rank] = 1;
   ++slot.parts;
-  std::size_t place = 0;
-  if (isRail(frame.pusher)) place = group.placement->hostOf(rank);
-  if (frame.pusher == kAllRanks) place = rank;
-  counters_.held_bytes += payload.nbytes();
-  slot.contributions[place] = std::move(payload);
+  hold(group, slot, rank, std::move(payload));
   if (slot.handed_on) {
     handOn(group, slot, actions);
   } else {
@@ -49,29 +45,7 @@ void Engine::handOn(const Group& group, Slot& slot, Actions& actions) {
     counters_.held_bytes -= held.nbytes();
     held = {};
   }
-  wire::Frame result;
-  acknowledge(group, result);
-  // The worker that this reducer lives in comes last, as in finish().
-  for (const bool in_process : {false, true}) {
-    for (const Arrival& arrival : slot.arrivals) {
-      if (arrival.peer->in_process != in_process) continue;
-      Outgoing out;
-      out.to = arrival.peer;
-      out.frame = result;
-      out.frame.kind = wire::FrameKind::kResult;
-      out.frame.slot = slot.head.slot;
-      out.frame.length = slot.head.length;
-      const bool own = arrival.rank == slot.head.pusher && slot.head.puller != arrival.rank;
-      if (isAmong(group, slot.head.puller, arrival.rank) && !own) {
-        out.payload = slot.handed;
-        if (slot.head.has_checksum && out.payload.nbytes() > 0) {
-          out.frame.has_checksum = true;
-          out.frame.checksum = wire::crc32c(out.payload);
-        }
-      }
-      actions.sends.push_back(std::move(out));
-    }
-  }
+  answerAll(group, slot, actions.sends);
   slot.arrivals.clear();
   slot.deadline = TimePoint::max();
 }

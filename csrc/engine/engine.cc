@@ -336,14 +336,18 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   }
   if (isAmong(group, slot.head.pusher, rank)) {
     slot.head.has_checksum |= frame.has_checksum;
-    counters_.held_bytes += payload.nbytes();
-    std::size_t place = 0;
-    if (isRail(slot.head.pusher)) place = group.placement->hostOf(rank);
-    if (slot.head.pusher == kAllRanks) place = rank;
-    slot.contributions[place] = std::move(payload);
+    hold(group, slot, rank, std::move(payload));
   }
   if (slot.handed_on) return handOn(group, slot, actions);
   complete(group, slot, actions);
+}
+
+void Engine::hold(const Group& group, Slot& slot, Rank rank, Payload payload) {
+  counters_.held_bytes += payload.nbytes();
+  std::size_t place = 0;
+  if (isRail(slot.head.pusher)) place = group.placement->hostOf(rank);
+  if (slot.head.pusher == kAllRanks) place = rank;
+  slot.contributions[place] = std::move(payload);
 }
 
 // Nobody is answered before all are there: as long as one rank may still show another call, no
@@ -372,18 +376,8 @@ void Engine::acknowledge(const Group& group, wire::Frame& result) {
 
 void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
   ++counters_.slots_done;
-  wire::Frame result;
-  acknowledge(group, result);
   Ready ready;
-  ready.replies.reserve(slot.arrivals.size());
-  // The worker that this reducer lives in comes last: when its operation is done it may end, and
-  // the others' answers must have been handed on by then.
-  for (const bool in_process : {false, true}) {
-    for (const Arrival& arrival : slot.arrivals) {
-      if (arrival.peer->in_process != in_process) continue;
-      answer(group, slot, arrival, result, ready.replies);
-    }
-  }
+  answerAll(group, slot, ready.replies);
   if (hasOnePusher(slot.head)) {
     for (Outgoing& reply : ready.replies) actions.sends.push_back(std::move(reply));
     return;
@@ -399,6 +393,20 @@ void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
   actions.ready.push_back(std::move(ready));
 }
 
+// The worker that this reducer lives in comes last: when its operation is done it may end, and the
+// others' answers must have been handed on by then.
+void Engine::answerAll(const Group& group, const Slot& slot, std::vector<Outgoing>& replies) {
+  wire::Frame result;
+  acknowledge(group, result);
+  replies.reserve(replies.size() + slot.arrivals.size());
+  for (const bool in_process : {false, true}) {
+    for (const Arrival& arrival : slot.arrivals) {
+      if (arrival.peer->in_process != in_process) continue;
+      answer(group, slot, arrival, result, replies);
+    }
+  }
+}
+
 void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival,
                     const wire::Frame& result, std::vector<Outgoing>& replies) {
   Outgoing out;
@@ -410,10 +418,10 @@ void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival
   const bool pulls = isAmong(group, slot.head.puller, arrival.rank);
   // What one rank pushes comes back to it only where it is the one that is asked for.
   const bool own = arrival.rank == slot.head.pusher && slot.head.puller != arrival.rank;
-  if (!hasOnePusher(slot.head)) {
+  if (!slot.handed_on && !hasOnePusher(slot.head)) {
     out.wants_result = pulls;
   } else if (pulls && !own) {
-    out.payload = slot.contributions[0];
+    out.payload = slot.handed_on ? slot.handed : slot.contributions[0];
     if (slot.head.has_checksum) {
       out.frame.has_checksum = true;
       out.frame.checksum = wire::crc32c(out.payload);

@@ -207,6 +207,9 @@ class Engine {
   void arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank, const wire::Frame& frame,
               Payload payload, Actions& actions);
   void finish(const Group& group, Slot& slot, Actions& actions);
+  /// Takes a rank's part in.
+  void hold(const Group& group, Slot& slot, Rank rank, Payload payload);
+  static void answerAll(const Group& group, const Slot& slot, std::vector<Outgoing>& replies);
   static void answer(const Group& group, const Slot& slot, const Arrival& arrival,
                      const wire::Frame& result, std::vector<Outgoing>& replies);
   void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,

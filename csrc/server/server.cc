@@ -161,13 +161,14 @@ Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Fr
   return status;
 }
 
-Status ServerState::cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame) {
+template <class Call>
+Status ServerState::everyShard(const Call& call) {
   engine::Actions actions;
   Status status;
   for (const auto& shard : shards) {
     const std::lock_guard lock(shard->mutex);
     const std::uint64_t before = shard->engine.counters().held_bytes;
-    Status one = shard->engine.onCancel(session, frame, actions);
+    Status one = call(shard->engine, actions);
     held_bytes += shard->engine.counters().held_bytes - before;
     if (!one.ok()) status = std::move(one);
   }
@@ -175,18 +176,16 @@ Status ServerState::cancel(const std::shared_ptr<Session>& session, const wire::
   return status;
 }
 
+Status ServerState::cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame) {
+  return everyShard([&](engine::Engine& engine, engine::Actions& actions) {
+    return engine.onCancel(session, frame, actions);
+  });
+}
+
 Status ServerState::settled(const std::shared_ptr<Session>& session, const wire::Frame& frame) {
-  engine::Actions actions;
-  Status status;
-  for (const auto& shard : shards) {
-    const std::lock_guard lock(shard->mutex);
-    const std::uint64_t before = shard->engine.counters().held_bytes;
-    Status one = shard->engine.onSettled(session, frame, actions);
-    held_bytes += shard->engine.counters().held_bytes - before;
-    if (!one.ok()) status = std::move(one);
-  }
-  perform(std::move(actions));
-  return status;
+  return everyShard([&](engine::Engine& engine, engine::Actions& actions) {
+    return engine.onSettled(session, frame, actions);
+  });
 }
 
 // ------------------------------------------------------------------ lost owners

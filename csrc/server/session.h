@@ -56,6 +56,9 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   Status push(const std::shared_ptr<Session>& session, const wire::Frame& frame, Payload payload);
   Status cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame);
   Status settled(const std::shared_ptr<Session>& session, const wire::Frame& frame);
+  /// What concerns an operation or a rank, and so any slot.
+  template <class Call>
+  Status everyShard(const Call& call);
   /// A worker has lost owners: that is told to all workers of the group, once.
   void lose(const wire::Hello& hello, const wire::Frame& frame);
   /// A worker is lost: the others of its group are told, or have to leave this reducer.
