@@ -55,6 +55,8 @@ class ReducerBackend(Backend):
         window_bytes: int,
         checksum: bool,
         connect_timeout: timedelta,
+        heartbeat: timedelta,
+        failover: bool,
         timeout: timedelta,
         global_ranks: list[int],
     ) -> None:

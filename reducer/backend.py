@@ -147,6 +147,8 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
         connect_timeout=settings.connect_timeout,
+        heartbeat=settings.heartbeat,
+        failover=settings.failover,
         timeout=place.timeout,
         global_ranks=list(options.global_ranks_in_group) or list(range(place.world_size)),
     )

@@ -48,6 +48,10 @@ class Options:
     host's own), or a
         name that the kernel has, as "bbr". Default: "auto".
     connect_timeout: how long to wait for a reducer that does not answer; seconds or a timedelta. Default: 60.
+    heartbeat: the silence of another process after which it counts as lost (stopped, its host or cable out); seconds
+        or a timedelta, 0: however long it is silent. Default: 10.
+    failover: whether the group goes on when a standalone reducer is lost; off, nothing is kept for that, and its loss
+        ends the group. Default: True.
     checksum: whether payloads carry a CRC32C. Default: False.
     log: "off", "error", "warning", "info" or "debug". Default: "warning".
     """
@@ -62,6 +66,8 @@ class Options:
     interface: str | None = None
     congestion_control: str | None = None
     connect_timeout: float | str | timedelta | None = None
+    heartbeat: float | str | timedelta | None = None
+    failover: bool | str | None = None
     checksum: bool | str | None = None
     log: str | None = None
 
@@ -82,6 +88,8 @@ class Settings:
     interface: str = ""
     congestion_control: str = "auto"
     connect_timeout: timedelta = timedelta(seconds=60)
+    heartbeat: timedelta = timedelta(seconds=10)
+    failover: bool = True
     checksum: bool = False
     log: str = "warning"
 
@@ -97,6 +105,8 @@ class Settings:
             "REDUCER_TRANSPORT": self.transport,
             "REDUCER_CHUNK_BYTES": str(self.chunk_bytes),
             "REDUCER_WINDOW_BYTES": str(self.window_bytes),
+            "REDUCER_HEARTBEAT": f"{self.heartbeat.total_seconds():g}",
+            "REDUCER_FAILOVER": "on" if self.failover else "off",
             "REDUCER_CHECKSUM": "on" if self.checksum else "off",
         }
 
@@ -159,6 +169,21 @@ def _read_seconds(value: Any) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def _read_heartbeat(value: Any) -> timedelta:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    try:
+        if float(seconds) == 0:
+            return timedelta(0)
+    except (TypeError, ValueError):
+        pass
+    heartbeat = _read_seconds(value)
+    if heartbeat < timedelta(seconds=0.5):
+        raise InvalidArgumentError(
+            f"{value!r} is less than 0.5 s, in which a busy process may say nothing; write 10 or 0"
+        )
+    return heartbeat
+
+
 def _read_switch(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -203,6 +228,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "interface": _read_text,
     "congestion_control": _read_text,
     "connect_timeout": _read_seconds,
+    "heartbeat": _read_heartbeat,
+    "failover": _read_switch,
     "checksum": _read_switch,
     "log": _one_of(LOG_LEVELS),
 }

@@ -25,12 +25,12 @@ std::uint64_t affinity(std::uint64_t key, OwnerIndex owner) {
 // hashing, Thaler and Ravishankar 1998).
 OwnerIndex GroupState::heirOf(std::uint64_t key) const {
   const auto n = static_cast<OwnerIndex>(config_.world_size);
-  const auto all = static_cast<OwnerIndex>(lost_.size());
+  const auto all = static_cast<OwnerIndex>(standing_.size());
   const auto best = [&](OwnerIndex begin, OwnerIndex end) {
     OwnerIndex found = end;
     std::uint64_t highest = 0;
     for (OwnerIndex owner = begin; owner < end; ++owner) {
-      if (lost_[owner] != 0) continue;
+      if (!isMember(owner, key >> kPlaceBits)) continue;
       const std::uint64_t own = affinity(key, owner);
       if (found != end && own <= highest) continue;
       highest = own;
@@ -61,23 +61,34 @@ GroupState::Queued GroupState::heirsOf(const Cursor& cursor) const {
   return queued;
 }
 
-// What moved goes to the standalone reducers that are left, or else to workers.
-std::vector<OwnerIndex> GroupState::heirs() {
+// Where no standalone reducer has been a member since before all that may move, workers' reducers
+// are heirs, too.
+std::vector<OwnerIndex> GroupState::heirs() const {
+  const auto n = static_cast<OwnerIndex>(config_.world_size);
   std::vector<OwnerIndex> all;
-  const std::lock_guard lock(mutex_);
-  for (OwnerIndex owner = config_.world_size; owner < lost_.size(); ++owner) {
-    if (lost_[owner] == 0) all.push_back(owner);
+  bool enough = false;
+  for (OwnerIndex owner = n; owner < standing_.size(); ++owner) {
+    if (standing_[owner].lost) continue;
+    all.push_back(owner);
+    enough |= standing_[owner].since == 0;
   }
-  if (!all.empty()) return all;
-  all.resize(static_cast<std::size_t>(config_.world_size));
-  std::iota(all.begin(), all.end(), 0);
+  for (OwnerIndex owner = 0; owner < n && !enough; ++owner) all.push_back(owner);
   return all;
+}
+
+void GroupState::pumpHeirs() {
+  std::vector<OwnerIndex> all;
+  {
+    const std::lock_guard lock(mutex_);
+    all = heirs();
+  }
+  for (const OwnerIndex heir : all) links_[heir]->pump(std::numeric_limits<std::size_t>::max());
 }
 
 GroupState::Queued GroupState::withHeirs(Queued queued) const {
   Queued all;
   for (auto& [owner, cursor] : queued) {
-    if (lost_[owner] == 0) {
+    if (isMember(owner, cursor.operation->info().seq)) {
       all.emplace_back(owner, std::move(cursor));
     } else {
       for (auto& moved : heirsOf(cursor)) all.push_back(std::move(moved));
@@ -89,15 +100,12 @@ GroupState::Queued GroupState::withHeirs(Queued queued) const {
 void GroupState::reportLost(OwnerIndex owner, const Status& reason) {
   {
     const std::lock_guard lock(mutex_);
-    if (!broken_.ok() || lost_[owner] != 0) return;
+    if (!broken_.ok() || standing_[owner].lost) return;
   }
   const std::string why = reason.ok() ? "it has left" : reason.message();
-  wire::Frame frame;
-  frame.kind = wire::FrameKind::kLost;
-  frame.owners = {owner};
-  frame.text = "rank " + std::to_string(config_.rank) + " (" + config_.host + ") says: " + why;
-  if (!links_[0]->tell(std::move(frame))) return abortUndecided(owner, why);
-  links_[0]->pump(std::numeric_limits<std::size_t>::max());
+  const std::string says =
+      "rank " + std::to_string(config_.rank) + " (" + config_.host + ") says: " + why;
+  if (!tellLeader(wire::FrameKind::kLost, owner, 0, says)) abortUndecided(owner, why);
 }
 
 void GroupState::abortUndecided(OwnerIndex owner, const std::string& why) {
@@ -106,52 +114,115 @@ void GroupState::abortUndecided(OwnerIndex owner, const std::string& why) {
                                        "has left the group"));
 }
 
+void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
+  const std::string& name = links_[owner]->name();
+  const bool replaceable = reason.ok() || reason.code() == Code::kUnavailable;
+  if (losable(owner) && isAway(owner)) return comebackFailed(owner, reason);
+  if (losable(owner) && replaceable && (links_[owner]->wasConnected() || anyReachable())) {
+    return reportLost(owner, reason);
+  }
+  if (reason.ok()) {
+    // It left in good order: only what still needs it fails, now or later.
+    std::vector<Receives::Request> unmatched;
+    const bool worker = owner < static_cast<OwnerIndex>(config_.world_size);
+    if (owner == 0) {
+      for (OwnerIndex other = 0; other < links_.size(); ++other) {
+        // Nobody will decide any more.
+        if (losable(other) && links_[other]->isDown()) return abortUndecided(other, "it was lost");
+      }
+    }
+    if (worker) {
+      const std::lock_guard lock(mutex_);
+      const bool was_last = ++workers_left_ == config_.world_size - 1;
+      unmatched = receives_.left(static_cast<Rank>(owner), was_last);
+    }
+    if (worker) onLeft(static_cast<Rank>(owner));
+    for (const Receives::Request& request : unmatched) {
+      request.fail(Status(Code::kUnavailable, "recv: " + links_[owner]->hasLeft()));
+    }
+    for (const auto& operation : operations()) {
+      if (links_[owner]->waiting(*operation) == 0) continue;
+      fail(operation, Status(Code::kUnavailable, engine::describe(operation->info().call) + ": " +
+                                                     links_[owner]->hasLeft()));
+    }
+    return;
+  }
+  const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
+  abort(Status(reason.code(), told ? name + " is gone: " + reason.message() : reason.message()));
+}
+
+bool GroupState::anyReachable() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (met_ || epoch_ > 0) return true;
+  }
+  return std::any_of(links_.begin() + config_.world_size, links_.end(),
+                     [](const auto& link) { return link->wasConnected() || !link->isDown(); });
+}
+
+// What a rank's news say: all that are lost. Who was lost and is no more takes part again.
 void GroupState::onEpoch(const wire::Frame& frame) {
-  std::vector<OwnerIndex> lost;
-  std::vector<Link::Taken> taken;  // is let go at the end, without the lock
-  std::vector<std::shared_ptr<Operation>> orphans;
-  std::size_t left = 0;
+  Change change;  // is let go at the end, without the lock
   {
     const std::lock_guard lock(mutex_);
     if (!broken_.ok()) return;
-    for (const OwnerIndex owner : frame.owners) {
-      if (owner >= lost_.size() || !losable(owner) || lost_[owner] != 0) continue;
-      lost_[owner] = 1;
-      lost.push_back(owner);
-    }
-    if (!lost.empty()) {
-      epoch_ += static_cast<std::uint32_t>(lost.size());
-      taken = move(lost, orphans);
-      left =
-          static_cast<std::size_t>(std::count(lost_.begin() + config_.world_size, lost_.end(), 0));
-    }
-  }
-  if (std::any_of(frame.owners.begin(), frame.owners.end(),
-                  [this](OwnerIndex owner) { return !losable(owner); })) {
-    // A worker: its part is gone, and the group with it. What it had its part in may still come.
-    const std::lock_guard lock(mutex_);
-    if (worker_lost_.ok()) {
+    if (!frame.owners.empty() && !isServer(frame.owners.front())) {
+      // A worker: its part is gone, and the group with it. What it had its part in may still come.
+      if (!worker_lost_.ok()) return;
       worker_lost_ = Status(Code::kUnavailable, frame.text);
       worker_lost_at_ = transport_.now();
+      return;
     }
+    if (frame.epoch < epoch_) return;
+    adoptMembers(frame, change);
   }
-  if (lost.empty()) return;
-  if (config_.rank == 0) warnLost(lost, left, frame.text);
-  for (const Link::Taken& one : taken) one.leave();
-  for (const auto& operation : orphans) {
-    fail(operation, Status(Code::kUnavailable,
-                           engine::describe(operation->info().call) +
-                               ": the last standalone reducer is lost, and a rank that would take "
-                               "its place has left the group"));
-  }
+  if (config_.rank == 0) warn(change, frame.text);
+  for (const Link::Taken& one : change.taken) one.leave();
+  for (const auto& [operation, why_not] : change.orphans) fail(operation, why_not);
+  for (const OwnerIndex owner : change.waiting) tellLeader(wire::FrameKind::kBack, owner, 0, "");
   for (const auto& link : links_) link->pump(std::numeric_limits<std::size_t>::max());
 }
 
-std::vector<Link::Taken> GroupState::move(const std::vector<OwnerIndex>& lost,
-                                          std::vector<std::shared_ptr<Operation>>& orphans) {
-  std::vector<Link::Taken> all;
+std::size_t GroupState::serversLeft() const {
+  return static_cast<std::size_t>(
+      std::count_if(standing_.begin() + config_.world_size, standing_.end(),
+                    [](const Standing& standing) { return !standing.lost; }));
+}
+
+void GroupState::adoptMembers(const wire::Frame& frame, Change& change) {
+  const TimePoint now = transport_.now();
+  for (OwnerIndex owner = config_.world_size; owner < standing_.size(); ++owner) {
+    Standing& standing = standing_[owner];
+    const bool lost = std::binary_search(frame.owners.begin(), frame.owners.end(), owner);
+    if (lost && !standing.lost) {
+      change.lost.push_back(owner);
+      local_.absentees().add(addressOf(owner));
+      standing.lost = true;
+      standing.link = Standing::Link::kNone;
+      standing.patience = kFirstPatience;
+      standing.retry_at = now + standing.patience;
+    } else if (!lost && standing.lost) {
+      change.back.push_back(owner);
+      local_.absentees().remove(addressOf(owner));
+      standing.lost = false;
+      standing.since = frame.slot.seq;
+      links_[owner]->enterEpoch(frame.epoch);
+    } else if (lost && standing.attempt != 0) {
+      giveUpComeback(owner, change.taken);
+    } else if (lost && standing.link == Standing::Link::kOpen) {
+      change.waiting.push_back(owner);
+    }
+    standing.attempt = 0;
+  }
+  epoch_ = frame.epoch;
+  if (!change.lost.empty()) move(change);
+  change.left = serversLeft();
+  endHold(change);
+}
+
+void GroupState::move(Change& change) {
   std::vector<Link::Heritage> heritage(links_.size());
-  for (const OwnerIndex owner : lost) {
+  for (const OwnerIndex owner : change.lost) {
     Link::Taken taken = links_[owner]->takeAway();
     for (const Cursor& cursor : taken.unanswered) {
       for (auto& [heir, part] : heirsOf(cursor)) {
@@ -161,33 +232,43 @@ std::vector<Link::Taken> GroupState::move(const std::vector<OwnerIndex>& lost,
     for (Link::Kept& kept : taken.kept) {
       heritage[heirOf(kept.key)].kept.push_back(std::move(kept));
     }
-    all.push_back(std::move(taken));
+    change.taken.push_back(std::move(taken));
   }
-  const bool any = std::find(lost_.begin() + config_.world_size, lost_.end(), 0) != lost_.end();
-  for (OwnerIndex owner = 0; owner < links_.size(); ++owner) {
-    // Workers inherit only when no standalone reducer is left, and enter all epochs then.
-    if (lost_[owner] != 0 || (any && !losable(owner))) continue;
-    std::vector<std::shared_ptr<Operation>> heirs;
-    for (const Cursor& cursor : heritage[owner].unanswered) heirs.push_back(cursor.operation);
-    const Status status =
-        links_[owner]->inherit(std::move(heritage[owner]), epoch_, losable(owner) == any);
-    if (!status.ok()) orphans.insert(orphans.end(), heirs.begin(), heirs.end());
+  for (const OwnerIndex heir : heirs()) {
+    std::vector<std::shared_ptr<Operation>> operations;
+    for (const Cursor& cursor : heritage[heir].unanswered) operations.push_back(cursor.operation);
+    if (links_[heir]->inherit(std::move(heritage[heir]), epoch_).ok()) continue;
+    for (auto& operation : operations) {
+      const std::string what = engine::describe(operation->info().call);
+      change.orphans.emplace_back(
+          std::move(operation),
+          Status(Code::kUnavailable, what + ": the last standalone reducer is lost, and " +
+                                         links_[heir]->name() +
+                                         ", which would take its place, has left the group"));
+    }
   }
-  return all;
 }
 
-void GroupState::warnLost(const std::vector<OwnerIndex>& lost, std::size_t left,
-                          const std::string& why) const {
-  std::string names;
-  for (const OwnerIndex owner : lost) {
-    names += (names.empty() ? "" : ", ") + links_[owner]->name();
+void GroupState::warn(const Change& change, const std::string& why) const {
+  const auto names = [this](const std::vector<OwnerIndex>& owners) {
+    std::string text;
+    for (const OwnerIndex owner : owners)
+      text += (text.empty() ? "" : ", ") + links_[owner]->name();
+    return text;
+  };
+  if (!change.lost.empty()) {
+    const std::string heirs = change.left > 0
+                                  ? "the " + std::to_string(change.left) + " that are left"
+                                  : "the workers themselves";
+    std::fprintf(stderr,
+                 "reducer: warning: group '%s': lost %s (%s); what it did is done by %s from now "
+                 "on, and nothing else is lost\n",
+                 config_.name.c_str(), names(change.lost).c_str(), why.c_str(), heirs.c_str());
   }
-  const std::string heirs =
-      left > 0 ? "the " + std::to_string(left) + " that are left" : "the workers themselves";
-  std::fprintf(stderr,
-               "reducer: warning: group '%s': lost %s (%s); what it did is done by %s from now on, "
-               "and nothing else is lost\n",
-               config_.name.c_str(), names.c_str(), why.c_str(), heirs.c_str());
+  if (!change.back.empty()) {
+    std::fprintf(stderr, "reducer: warning: group '%s': %s is back, and takes part again\n",
+                 config_.name.c_str(), names(change.back).c_str());
+  }
 }
 
 }  // namespace reducer::collective

@@ -96,6 +96,8 @@ struct GroupCounters {
   std::uint64_t pulled_bytes = 0;
   std::uint64_t outstanding_bytes_max = 0;  ///< high-water mark of chunk bytes in flight
   std::uint64_t window_bytes = 0;           ///< its bound
+  std::uint64_t owner_changes = 0;          ///< standalone reducers that were lost, or came back
+  std::uint64_t servers = 0;                ///< standalone reducers that take part now
 };
 
 /// The collectives. Every call queues the operation and returns; `done` tells the end. All ranks

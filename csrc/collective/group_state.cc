@@ -61,7 +61,9 @@ std::string settingsText(const GroupConfig& config, const Routes& routes,
                      (config.settings.measures ? ", to be measured" : "") + ", chunk " +
                      std::to_string(routes.map().chunkBytes()) + " B, window " +
                      std::to_string(routes.windowBytesTotal()) + " B, checksum " +
-                     (config.settings.checksum ? "on" : "off") + ", servers '" +
+                     (config.settings.checksum ? "on" : "off") + ", failover " +
+                     (config.settings.failover ? "on" : "off") + ", heartbeat " +
+                     engine::seconds(config.settings.heartbeat) + ", servers '" +
                      namesOf(config.servers) + "'" + bandwidthsText(config);
   if (placement.hosts() < placement.worldSize()) {
     text += ", hosts " + describeHosts(placement.hostOfRanks()) + ", transport " +
@@ -127,7 +129,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
     link.window_bytes = std::max(link.window_bytes, 2 * routes_.chunkBytesMax());
   }
   link.checksum = config_.settings.checksum;
-  link.failover = !config_.servers.empty();
+  link.failover = failsOver();
   link.losable = losable(owner);
   link.hello.version = kProtocolVersion;
   link.hello.job = config_.job;
@@ -136,10 +138,12 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.hello.world_size = config_.world_size;
   link.hello.host = config_.host;
   link.hello.window_bytes = link.window_bytes;
+  link.hello.heartbeat_ms = static_cast<std::uint32_t>(config_.settings.heartbeat.count());
+  link.hello.failover = link.failover;
   link.hello.config_text = settings_text;
   link.hello.config = fnv1a(settings_text);
   if (placement_.hosts() < placement_.worldSize()) link.hello.hosts = placement_.hostOfRanks();
-  const std::string address = owner < n ? config_.workers[owner] : config_.servers[owner - n];
+  const std::string& address = addressOf(owner);
   link.name =
       owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
   link.connect = [this, address,
@@ -152,7 +156,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
 
 void GroupState::start() {
   const std::string text = settingsText(config_, routes_, placement_);
-  lost_.assign(config_.world_size + config_.servers.size(), 0);
+  standing_.assign(config_.world_size + config_.servers.size(), {});
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
     const std::size_t window = routes_.windowBytes(owner);
@@ -162,7 +166,13 @@ void GroupState::start() {
   // recv.
   links_[config_.rank]->open();
   for (const OwnerIndex owner : routes_.owners()) links_[owner]->open();
-  if (!config_.servers.empty()) links_[0]->open();  // that keeps the list of lost owners
+  if (failsOver()) {
+    links_[0]->open();  // that keeps the list of lost owners
+    // One that has nothing to do yet may inherit, and has to be there then.
+    for (OwnerIndex owner = config_.world_size; owner < links_.size(); ++owner) {
+      links_[owner]->open();
+    }
+  }
   ticker_ = transport_.every(kTick, [weak = weak_from_this()](TimePoint now) {
     if (const auto self = weak.lock()) self->tick(now);
   });
@@ -204,16 +214,16 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
         if (const auto self = weak.lock()) {
           const std::lock_guard state_lock(self->mutex_);
           self->operations_.erase(id);
+          if (result.ok() && id.first == wire::kCollectiveLane) self->met_ = true;
         }
         user(result);
       };
       Queued queued = make(std::move(info), operation);
       operations_[id] = operation;
-      if (epoch_ > 0) queued = withHeirs(std::move(queued));
-      for (auto& [owner, cursor] : queued) {
-        Status one = links_[owner]->enqueue(std::move(cursor));
-        if (!one.ok()) status = std::move(one);
-        if (std::find(owners.begin(), owners.end(), owner) == owners.end()) owners.push_back(owner);
+      if (holding_ && lane == wire::kCollectiveLane) {
+        held_.push_back(std::move(queued));
+      } else {
+        status = enqueue(std::move(queued), owners);
       }
     }
   }
@@ -234,6 +244,17 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
   }
 }
 
+Status GroupState::enqueue(Queued queued, std::vector<OwnerIndex>& owners) {
+  Status status;
+  if (epoch_ > 0) queued = withHeirs(std::move(queued));
+  for (auto& [owner, cursor] : queued) {
+    Status one = links_[owner]->enqueue(std::move(cursor));
+    if (!one.ok()) status = std::move(one);
+    if (std::find(owners.begin(), owners.end(), owner) == owners.end()) owners.push_back(owner);
+  }
+  return status;
+}
+
 // A piece to each owner in turn, beginning behind this rank's own, so that at the start of an
 // operation no owner's NIC is every worker's first.
 void GroupState::pump(const std::vector<OwnerIndex>& owners) {
@@ -247,7 +268,7 @@ void GroupState::pump(const std::vector<OwnerIndex>& owners) {
     }
   }
   if (epoch_ == 0) return;
-  for (const OwnerIndex heir : heirs()) links_[heir]->pump(std::numeric_limits<std::size_t>::max());
+  pumpHeirs();
 }
 
 void GroupState::run(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
@@ -354,75 +375,6 @@ std::shared_ptr<HostStage> GroupState::stage() {
   return stage_;
 }
 
-// ------------------------------------------------------------------ receives from any rank
-
-std::vector<Receives::Match> GroupState::matchReceives(std::uint32_t tag) {
-  return receives_.match(tag, [&](Rank from, std::uint64_t seq) {
-    std::uint64_t& next = pair_sequences_[wire::pairLane(from, config_.rank, tag)];
-    if (seq != next) return false;
-    ++next;
-    return true;
-  });
-}
-
-void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, Duration timeout,
-                         std::function<void(Rank, std::optional<std::uint64_t>)> start,
-                         std::function<void(const Status&)> fail,
-                         const std::shared_ptr<Canceller>& canceller) {
-  std::vector<Receives::Match> matches;
-  std::uint64_t id = 0;
-  Status status;
-  {
-    const std::lock_guard lock(mutex_);
-    status = broken_;
-    if (status.ok() && (from == kAllRanks || receives_.waiting(tag))) {
-      const std::string whom =
-          from == kAllRanks ? "any rank" : "rank " + std::to_string(from) + " (behind another)";
-      const std::string late = engine::describe(call) + " from " + whom + ", tag " +
-                               std::to_string(tag) + ", in group '" + config_.name +
-                               "': timeout after " + engine::seconds(timeout) +
-                               ", nothing was sent; here is rank " + std::to_string(config_.rank) +
-                               " (" + config_.host + ")";
-      Receives::Request request;
-      request.from = from;
-      request.deadline = transport_.now() + timeout;
-      request.start = std::move(start);
-      request.fail = [fail = std::move(fail), late](const Status& why) {
-        fail(why.ok() ? Status(Code::kTimeout, late) : why);
-      };
-      id = receives_.add(tag, std::move(request));
-      matches = matchReceives(tag);
-      start = nullptr;
-    }
-  }
-  if (!status.ok()) return fail(status);
-  if (start) return start(from, std::nullopt);
-  if (canceller) {
-    canceller->add([weak = weak_from_this(), id](const Status& why) {
-      const auto self = weak.lock();
-      if (!self) return;
-      std::vector<Receives::Request> removed;
-      {
-        const std::lock_guard lock(self->mutex_);
-        removed = self->receives_.remove(id);
-      }
-      for (const Receives::Request& request : removed) request.fail(why);
-    });
-  }
-  for (const Receives::Match& match : matches) match.request.start(match.from, match.seq);
-}
-
-void GroupState::onArrived(const wire::SlotId& slot) {
-  std::vector<Receives::Match> matches;
-  {
-    const std::lock_guard lock(mutex_);
-    if (slot.seq < pair_sequences_[slot.lane]) return;  // a receive came meanwhile
-    receives_.arrived(wire::tagOf(slot.lane), wire::senderOf(slot.lane), slot.seq);
-    matches = matchReceives(wire::tagOf(slot.lane));
-  }
-  for (const Receives::Match& match : matches) match.request.start(match.from, match.seq);
-}
-
 // ------------------------------------------------------------------ failure
 
 std::vector<std::shared_ptr<Operation>> GroupState::operations() {
@@ -460,50 +412,16 @@ void GroupState::onLeft(Rank rank) {
   if (when_left_ && rank >= 0 && rank < config_.world_size) when_left_(links_[rank]->hasLeft());
 }
 
-void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
-  const std::string& name = links_[owner]->name();
-  const bool replaceable = reason.ok() || reason.code() == Code::kUnavailable;
-  if (losable(owner) && replaceable && links_[owner]->wasConnected()) {
-    return reportLost(owner, reason);
-  }
-  if (reason.ok()) {
-    // It left in good order: only what still needs it fails, now or later.
-    std::vector<Receives::Request> unmatched;
-    const bool worker = owner < static_cast<OwnerIndex>(config_.world_size);
-    if (owner == 0) {
-      for (OwnerIndex other = 0; other < links_.size(); ++other) {
-        // Nobody will decide any more.
-        if (losable(other) && links_[other]->isDown()) return abortUndecided(other, "it was lost");
-      }
-    }
-    if (worker) {
-      const std::lock_guard lock(mutex_);
-      const bool was_last = ++workers_left_ == config_.world_size - 1;
-      unmatched = receives_.left(static_cast<Rank>(owner), was_last);
-    }
-    if (worker) onLeft(static_cast<Rank>(owner));
-    for (const Receives::Request& request : unmatched) {
-      request.fail(Status(Code::kUnavailable, "recv: " + links_[owner]->hasLeft()));
-    }
-    for (const auto& operation : operations()) {
-      if (links_[owner]->waiting(*operation) == 0) continue;
-      fail(operation, Status(Code::kUnavailable, engine::describe(operation->info().call) + ": " +
-                                                     links_[owner]->hasLeft()));
-    }
-    return;
-  }
-  const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
-  abort(Status(reason.code(), told ? name + " is gone: " + reason.message() : reason.message()));
-}
-
 void GroupState::abort(const Status& reason) {
   std::vector<Receives::Request> unmatched;
+  std::vector<Queued> held;  // is let go without the lock
   bool first = false;
   {
     const std::lock_guard lock(mutex_);
     first = broken_.ok();
     if (first) broken_ = reason;
     unmatched = receives_.clear();
+    held.swap(held_);
   }
   if (first && when_broken_) when_broken_(reason);
   for (const Receives::Request& request : unmatched) request.fail(reason);
@@ -541,6 +459,9 @@ void GroupState::tick(TimePoint now) {
     if (!worker_lost_.ok() && now - worker_lost_at_ >= kLostGrace) lost = worker_lost_;
   }
   if (!lost.ok()) abort(lost);
+  for (const auto& link : links_) link->beat(now);
+  missAbsentees();
+  lookForLost(now);
   for (const Receives::Request& request : late) request.fail(Status());
   for (const auto& operation : operations()) {
     const auto& info = operation->info();
@@ -560,6 +481,7 @@ void GroupState::close() {
   }
   ticker.reset();
   if (const auto stage = this->stage()) stage->stop();
+  forgetAbsentees();
   for (const auto& link : links_) link->close();
 }
 
@@ -585,6 +507,9 @@ GroupCounters GroupState::counters() {
     counters.outstanding_bytes_max += link->outstandingBytesMax();
   }
   counters.window_bytes = routes_.windowBytesTotal();
+  const std::lock_guard lock(mutex_);
+  counters.owner_changes = epoch_;
+  counters.servers = serversLeft();
   return counters;
 }
 

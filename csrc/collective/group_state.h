@@ -67,7 +67,8 @@ class GroupState final : public LinkEvents,
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
   void onLeft(Rank rank) override;
-  void onEpoch(const wire::Frame& frame) override;
+  void onNews(const wire::Frame& frame) override;
+  void onWelcome(OwnerIndex owner) override;
   void onLinkClosed() override;
 
   void pump(const std::vector<OwnerIndex>& owners) override;
@@ -104,25 +105,85 @@ class GroupState final : public LinkEvents,
   template <class Make>
   void launch(const wire::Call& call, std::uint64_t lane, CallOptions options, Done done,
               std::optional<std::uint64_t> number, Make make);
-  // Failover (failover.cc). All of these are called with the lock held.
-  /// The first owner of a piece's preference that is not lost.
+  /// To the owners that stand for the plan's now. Called with the lock held.
+  Status enqueue(Queued queued, std::vector<OwnerIndex>& owners);
+
+  // Failover (failover.cc, comeback.cc; docs/protocol.md).
+  /// An owner's, as this rank knows it.
+  struct Standing {
+    enum class Link { kNone, kOpening, kOpen };
+    bool lost = false;
+    std::uint64_t since = 0;  // operations before this one are none of its business
+    // While it is lost:
+    Link link = Link::kNone;
+    std::uint32_t attempt = 0;  // of rank 0's reducer, to take it in again; 0: none
+    TimePoint retry_at;         // rank 0 looks for it
+    Duration patience{};
+  };
+  /// What a change of owners leaves to be done without the lock.
+  struct Change {
+    std::vector<OwnerIndex> lost;
+    std::vector<OwnerIndex> back;
+    std::vector<OwnerIndex> waiting;  // rank 0 has a connection to them, and nobody has asked
+    std::size_t left = 0;             // standalone reducers that take part now
+    std::vector<Link::Taken> taken;
+    /// What cannot go on, and why.
+    std::vector<std::pair<std::shared_ptr<Operation>, Status>> orphans;
+    std::vector<Queued> held;
+  };
+  static constexpr Duration kFirstPatience = std::chrono::milliseconds(500);
+
+  // All of these are called with the lock held.
+  bool isMember(OwnerIndex owner, std::uint64_t seq) const {
+    return !standing_[owner].lost && standing_[owner].since <= seq;
+  }
+  std::size_t serversLeft() const;
+  void adoptMembers(const wire::Frame& frame, Change& change);
+  /// Leaves a lost owner again, whatever had been achieved.
+  void giveUpComeback(OwnerIndex owner, std::vector<Link::Taken>& taken);
+  /// What waited starts.
+  void endHold(Change& change);
+  /// The first owner of a piece's preference that is a member.
   OwnerIndex heirOf(std::uint64_t key) const;
   /// Where the rounds of a cursor go instead of to a lost owner.
   Queued heirsOf(const Cursor& cursor) const;
   Queued withHeirs(Queued queued) const;
-  /// Moves what the owners had that are lost now.
-  /// `orphans`: what cannot go on, since nobody is there to take it over.
-  std::vector<Link::Taken> move(const std::vector<OwnerIndex>& lost,
-                                std::vector<std::shared_ptr<Operation>>& orphans);
-  bool losable(OwnerIndex owner) const {
+  /// Moves what the owners had that are lost now, in the epoch that has begun.
+  void move(Change& change);
+  /// Whom pieces may move to.
+  std::vector<OwnerIndex> heirs() const;
+  // These without it.
+  bool isServer(OwnerIndex owner) const {
     return owner >= static_cast<OwnerIndex>(config_.world_size);
   }
-  // These without it.
-  std::vector<OwnerIndex> heirs();
+  bool failsOver() const { return config_.settings.failover && !config_.servers.empty(); }
+  bool losable(OwnerIndex owner) const { return isServer(owner) && failsOver(); }
+  bool isAway(OwnerIndex owner);
+  const std::string& addressOf(OwnerIndex owner) const {
+    return isServer(owner) ? config_.servers[owner - static_cast<OwnerIndex>(config_.world_size)]
+                           : config_.workers[owner];
+  }
+  /// Does not wait to connect to what another group of the process has lost.
+  void missAbsentees();
+  /// This group misses nobody any more.
+  void forgetAbsentees();
+  /// False: no standalone reducer ever was, and the group has done nothing yet, which is a mistake
+  /// in their addresses.
+  bool anyReachable();
+  void pumpHeirs();
   void reportLost(OwnerIndex owner, const Status& reason);
   void abortUndecided(OwnerIndex owner, const std::string& why);
-  void warnLost(const std::vector<OwnerIndex>& lost, std::size_t left,
-                const std::string& why) const;
+  void onEpoch(const wire::Frame& frame);
+  void onBack(const wire::Frame& frame);
+  void onHold(const wire::Frame& frame);
+  /// A lost owner that was connected to again is gone once more, or could not be reached.
+  void comebackFailed(OwnerIndex owner, const Status& reason);
+  /// Rank 0: tries to connect to those that are lost.
+  void lookForLost(TimePoint now);
+  /// To rank 0's reducer.
+  bool tellLeader(wire::FrameKind kind, OwnerIndex owner, std::uint32_t attempt,
+                  const std::string& text);
+  void warn(const Change& change, const std::string& why) const;
 
   /// Of an operation that starts now. Called with the lock held.
   std::uint64_t nextNumber(std::uint64_t lane);
@@ -149,10 +210,14 @@ class GroupState final : public LinkEvents,
   Receives receives_;
   Status worker_lost_;  // as rank 0's reducer says
   TimePoint worker_lost_at_;
-  std::vector<char> lost_;               // by OwnerIndex
-  std::atomic<std::uint32_t> epoch_{0};  // how many of them
-  std::shared_ptr<HostStage> stage_;     // since the first operation that needs it
-  std::int32_t workers_left_ = 0;        // said goodbye
+  std::vector<Standing> standing_;       // by OwnerIndex
+  std::atomic<std::uint32_t> epoch_{0};  // changes of owners
+  bool forgot_absentees_ = false;
+  bool met_ = false;                  // a collective has ended well
+  bool holding_ = false;              // no collective starts
+  std::vector<Queued> held_;          // what would have, in order
+  std::shared_ptr<HostStage> stage_;  // since the first operation that needs it
+  std::int32_t workers_left_ = 0;     // said goodbye
   std::atomic<std::uint64_t> sequence_{0};
   Status broken_;
   std::function<void(const Status&)> when_broken_;

@@ -18,13 +18,36 @@ constexpr std::size_t kAwaitedMax = 1024;
 Link::Link(Config config, std::weak_ptr<LinkEvents> events)
     : config_(std::move(config)), events_(std::move(events)) {}
 
+// What a connection tells, with the link's word on whether it still counts.
+class Link::Ear final : public transport::Handler {
+ public:
+  Ear(std::shared_ptr<Link> link, std::uint64_t generation)
+      : link_(std::move(link)), generation_(generation) {}
+  void onFrame(wire::Frame frame, Payload payload) override {
+    if (link_->isCurrent(generation_)) link_->onFrame(std::move(frame), std::move(payload));
+  }
+  void onClosed(const Status& reason) override {
+    if (link_->isCurrent(generation_)) link_->onClosed(reason);
+  }
+
+ private:
+  const std::shared_ptr<Link> link_;
+  const std::uint64_t generation_;
+};
+
 void Link::open() {
   {
     const std::lock_guard lock(mutex_);
     if (opened_ || closing_) return;
     opened_ = true;
   }
-  std::shared_ptr<transport::Connection> connection = config_.connect(shared_from_this());
+  connect();
+}
+
+void Link::connect() {
+  const std::uint64_t generation = generation_;
+  std::shared_ptr<transport::Connection> connection =
+      config_.connect(std::make_shared<Ear>(shared_from_this(), generation));
   wire::Frame hello;
   hello.kind = wire::FrameKind::kHello;
   hello.hello = config_.hello;
@@ -32,10 +55,30 @@ void Link::open() {
   bool abandoned = false;
   {
     const std::lock_guard lock(mutex_);
-    abandoned = closing_;
-    connection_ = connection;
+    abandoned = closing_ || closed_ || !isCurrent(generation);
+    if (!abandoned) connection_ = connection;
   }
   if (abandoned) connection->close(Status(), /*flush=*/false);
+}
+
+void Link::beat(TimePoint now) {
+  const Duration heartbeat = std::chrono::milliseconds(config_.hello.heartbeat_ms);
+  if (config_.in_process || heartbeat == Duration::zero()) return;
+  std::shared_ptr<transport::Connection> connection;
+  transport::Pulse::Verdict verdict;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!welcome_ || closing_ || closed_ || !connection_) return;
+    connection = connection_;
+    verdict = pulse_.feel(now, heartbeat);
+  }
+  if (verdict == transport::Pulse::Verdict::kSilent) {
+    connection->close(transport::Pulse::silence(heartbeat), /*flush=*/false);
+  } else if (verdict == transport::Pulse::Verdict::kSpeak) {
+    wire::Frame frame;
+    frame.kind = wire::FrameKind::kBeat;
+    connection->send(frame, {});
+  }
 }
 
 Status Link::enqueue(Cursor cursor) {
@@ -215,6 +258,7 @@ bool Link::pump(std::size_t pieces_max) {
 }
 
 void Link::onFrame(wire::Frame frame, Payload payload) {
+  pulse_.heard();
   switch (frame.kind) {
     case wire::FrameKind::kResult:
       onResult(frame, payload);
@@ -223,16 +267,21 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       onError(frame);
       break;
     case wire::FrameKind::kWelcome: {
-      const std::lock_guard lock(mutex_);
-      welcome_ = true;
+      {
+        const std::lock_guard lock(mutex_);
+        welcome_ = ever_welcome_ = true;
+      }
+      if (const auto events = events_.lock()) events->onWelcome(config_.owner);
       break;
     }
     case wire::FrameKind::kArrived:
       if (const auto events = events_.lock()) events->onArrived(frame.slot);
       break;
     case wire::FrameKind::kEpoch:
+    case wire::FrameKind::kBack:
+    case wire::FrameKind::kHold:
       if (config_.owner != 0) break;  // rank 0's reducer alone keeps the list
-      if (const auto events = events_.lock()) events->onEpoch(frame);
+      if (const auto events = events_.lock()) events->onNews(frame);
       break;
     case wire::FrameKind::kLeft:
       if (const auto events = events_.lock()) events->onLeft(frame.pusher);
@@ -255,32 +304,6 @@ bool Link::takeAnswered(const wire::SlotId& slot, Awaited& awaited) {
   queue.in_flight.erase(awaited.key);
   forgetIfEmpty(lane);
   return true;
-}
-
-void Link::keep(Awaited& awaited, const Payload& answer) {
-  if (!config_.losable || !awaited.operation ||
-      wire::operationLane(awaited.piece.frame.slot.lane) != wire::kCollectiveLane) {
-    return;
-  }
-  Kept kept{awaited.key, awaited.piece.frame, answer};
-  if (awaited.payload.nbytes() > 0) {
-    // The user's memory, which is the user's again when the operation is done.
-    const std::size_t nbytes = awaited.payload.nbytes();
-    auto copy = std::make_shared<std::vector<std::byte>>(nbytes);
-    awaited.payload.copyTo(copy->data());
-    kept.payload = Payload(Bytes(copy->data(), nbytes), copy);
-  }
-  awaited.payload = {};
-  kept_.push_back(std::move(kept));
-}
-
-void Link::prune(const wire::Frame& result) {
-  if (result.epoch < epoch_) return;
-  if (epoch_ == 0) {
-    while (!kept_.empty() && kept_.front().key < result.acked) kept_.pop_front();
-  } else {
-    std::erase_if(kept_, [&](const Kept& kept) { return kept.key < result.acked; });
-  }
 }
 
 void Link::forgetIfEmpty(std::uint64_t lane) {
@@ -377,79 +400,6 @@ void Link::cancel(const Operation& operation, const Status& why) {
   told_.emplace_back(std::move(frame), Payload());
 }
 
-// ------------------------------------------------------------------ when an owner is lost
-
-Link::Taken Link::takeAway() {
-  Taken taken;
-  std::shared_ptr<transport::Connection> connection;
-  {
-    const std::lock_guard lock(mutex_);
-    closing_ = true;
-    connection.swap(connection_);
-    if (!opened_) closed_ = true;
-    for (auto& [slot, awaited] : awaited_) {
-      if (!awaited.operation || awaited.operation->finished()) continue;
-      REDUCER_CHECK(awaited.origin.end > 0);  // nothing else is pushed to one that can be lost
-      awaited.origin.operation = std::move(awaited.operation);
-      taken.unanswered.push_back(std::move(awaited.origin));
-    }
-    for (auto& [lane, queue] : queues_) {
-      for (Cursor& cursor : queue.cursors) taken.unanswered.push_back(std::move(cursor));
-    }
-    for (Kept& kept : kept_) taken.kept.push_back(std::move(kept));
-    taken.rest = std::make_shared<decltype(awaited_)>(std::move(awaited_));
-    awaited_.clear();
-    queues_.clear();
-    kept_.clear();
-    told_.clear();
-    outstanding_bytes_ = 0;
-    settles_ = false;
-  }
-  // What is still to be sent there is of no use.
-  taken.leave = [connection] {
-    if (connection) connection->close(Status(Code::kUnavailable, "it was lost"), /*flush=*/false);
-  };
-  return taken;
-}
-
-Status Link::inherit(Heritage heritage, std::uint32_t epoch, bool settles) {
-  const std::lock_guard lock(mutex_);
-  const bool nothing = heritage.unanswered.empty() && heritage.kept.empty();
-  if ((closed_ && !config_.losable) || closing_) {
-    return nothing ? Status() : Status(Code::kUnavailable, hasLeft());
-  }
-  epoch_ = epoch;
-  settles_ = settles;
-  for (Cursor& cursor : heritage.unanswered) {
-    cursor.moved = cursor.owed = true;
-    Queue& queue = queues_[cursor.operation->info().lane];
-    const std::uint64_t seq = cursor.operation->info().seq;
-    const auto place =
-        std::find_if(queue.cursors.begin(), queue.cursors.end(),
-                     [seq](const Cursor& other) { return other.operation->info().seq > seq; });
-    queue.cursors.insert(place, std::move(cursor));
-    ++queue.moved;
-    ++queue.owed;
-  }
-  for (Kept& kept : heritage.kept) {
-    kept.frame.again = true;
-    kept.frame.epoch = epoch;
-    kept.frame.acked = 0;
-    kept.frame.has_checksum = config_.checksum && kept.payload.nbytes() > 0;
-    if (kept.frame.has_checksum) kept.frame.checksum = wire::crc32c(kept.payload);
-    told_.emplace_back(kept.frame, kept.payload);
-    if (config_.losable) kept_.push_back(std::move(kept));
-  }
-  return {};
-}
-
-bool Link::tell(wire::Frame frame) {
-  const std::lock_guard lock(mutex_);
-  if (closed_ || closing_) return false;
-  told_.emplace_back(std::move(frame), Payload());
-  return true;
-}
-
 std::size_t Link::waiting(const Operation& operation) {
   const std::lock_guard lock(mutex_);
   std::size_t pieces = std::count_if(awaited_.begin(), awaited_.end(), [&](const auto& entry) {
@@ -465,7 +415,7 @@ std::size_t Link::waiting(const Operation& operation) {
 
 bool Link::wasConnected() {
   const std::lock_guard lock(mutex_);
-  return welcome_;
+  return ever_welcome_;
 }
 
 bool Link::isDown() {

@@ -1,6 +1,7 @@
 // This rank's connection to one owner: what waits to be pushed, and what is under way.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <list>
@@ -12,6 +13,7 @@
 
 #include "collective/operation.h"
 #include "common/status.h"
+#include "transport/pulse.h"
 #include "transport/transport.h"
 #include "wire/frame.h"
 
@@ -29,14 +31,16 @@ class LinkEvents {
   virtual void onArrived(const wire::SlotId& slot) = 0;
   /// A rank has left the group in good order; its reducer may go on.
   virtual void onLeft(Rank rank) = 0;
-  /// Owners are lost, as rank 0's reducer says; `frame.owners`, all of them.
-  virtual void onEpoch(const wire::Frame& frame) = 0;
+  /// Which owners are lost, or come back, as rank 0's reducer says: kEpoch, kBack, kHold.
+  virtual void onNews(const wire::Frame& frame) = 0;
+  /// The owner has taken this rank in.
+  virtual void onWelcome(OwnerIndex owner) = 0;
   /// A link's closed() has turned true, whoever closed it.
   virtual void onLinkClosed() = 0;
 };
 
 /// Thread safety: every method, from any thread.
-class Link final : public transport::Handler, public std::enable_shared_from_this<Link> {
+class Link final : public std::enable_shared_from_this<Link> {
  public:
   struct Config {
     OwnerIndex owner = 0;
@@ -56,6 +60,13 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
 
   /// Connects and says hello, if that has not been done.
   void open();
+  /// The same, once more: to an owner that was left (takeAway()), or that is gone. Nothing that
+  /// still comes by the earlier connection counts.
+  void reopen();
+
+  /// To be called several times in a heartbeat. Says that this end lives, and ends the connection
+  /// if the other has been silent for too long.
+  void beat(TimePoint now);
 
   /// Queues; pump() sends. kUnavailable if the owner is gone.
   Status enqueue(Cursor cursor);
@@ -82,9 +93,8 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
     std::vector<Kept> kept;
   };
   /// Enters an epoch with it: what this link acknowledges there takes account of all that has
-  /// moved. `settles`: the owner is told when it has been sent. kUnavailable if the owner is gone,
-  /// too.
-  Status inherit(Heritage heritage, std::uint32_t epoch, bool settles);
+  /// moved, and the owner is told when it has been sent. kUnavailable if the owner is gone, too.
+  Status inherit(Heritage heritage, std::uint32_t epoch);
   /// A frame beside all pieces; pump() sends it. False: the owner is gone.
   bool tell(wire::Frame frame);
   /// Sends what the window lets through, at most `pieces_max` pieces. True if there was anything
@@ -100,7 +110,7 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   std::size_t waiting(const Operation& operation);
 
   bool connected();     ///< the owner has said welcome
-  bool wasConnected();  ///< the same, even if it is gone since
+  bool wasConnected();  ///< the same, even if it is gone since or opened anew
   bool isDown();        ///< it is gone, and this link did not leave it
 
   /// Says goodbye and closes. `closed()` turns true some time later.
@@ -117,10 +127,17 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   std::uint64_t pushedBytes();
   std::uint64_t pulledBytes();
 
-  void onFrame(wire::Frame frame, Payload payload) override;
-  void onClosed(const Status& reason) override;
+  /// Of the owner's return: where this link's epochs begin.
+  void enterEpoch(std::uint32_t epoch);
 
  private:
+  class Ear;
+
+  void connect();
+  /// False for one of an earlier connection.
+  bool isCurrent(std::uint64_t generation) const { return generation == generation_; }
+  void onFrame(wire::Frame frame, Payload payload);
+  void onClosed(const Status& reason);
   struct SlotHash {
     std::size_t operator()(const wire::SlotId& id) const noexcept {
       return (id.lane * 31 + id.seq) * 1'000'003 + id.chunk;
@@ -168,8 +185,11 @@ class Link final : public transport::Handler, public std::enable_shared_from_thi
   std::mutex mutex_;
   std::shared_ptr<transport::Connection> connection_;
   bool opened_ = false;
+  std::atomic<std::uint64_t> generation_{0};  // of the connection
   bool welcome_ = false;
+  bool ever_welcome_ = false;
   bool closing_ = false;
+  transport::Pulse pulse_;
   bool closed_ = false;
   Status down_;                            // why it is closed
   Status fatal_;                           // the owner's last words

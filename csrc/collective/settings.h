@@ -90,6 +90,10 @@ struct Settings {
       0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default
   std::chrono::milliseconds connect_timeout{60'000};
   bool checksum = false;  ///< CRC32C of every payload
+  /// A silence of another process that is taken for its loss; 0: none is.
+  std::chrono::milliseconds heartbeat{10'000};
+  /// The group goes on without a standalone reducer that is lost. Equal on all ranks.
+  bool failover = true;
 
   /// Takes what parseRanges() read.
   void choose(std::vector<SizeRange> by_size);

@@ -7,7 +7,7 @@
 namespace reducer {
 
 /// Version of the wire protocol. Both ends must speak the same one.
-inline constexpr std::uint32_t kProtocolVersion = 2;
+inline constexpr std::uint32_t kProtocolVersion = 3;
 
 inline constexpr std::int32_t kMaxWorldSize = 4096;
 

@@ -86,6 +86,11 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
     groups.emplace(hello.job, std::move(record));
   }
   GroupRecord& record = groups.at(hello.job);
+  if (record.closing) {
+    return Status(Code::kUnavailable, "the earlier connections of group '" + hello.group +
+                                          "' to the reducer " + options.host +
+                                          " are still closing; try again");
+  }
   if (record.world_size != hello.world_size || record.config != hello.config ||
       record.window_bytes != hello.window_bytes) {
     return Status(Code::kMismatch,
@@ -125,6 +130,8 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
       found->second.ranks.erase(hello.rank);
       // Rank 0 has left: how the others go is none of its business.
       if (session->in_process) found->second.leads = false;
+      if (why.ok()) found->second.complete = false;
+      if (options.standalone && !why.ok()) found->second.closing = true;
       if (found->second.ranks.empty()) {
         reserved_bytes -= found->second.reserved_bytes;
         groups.erase(found);
@@ -188,103 +195,6 @@ Status ServerState::settled(const std::shared_ptr<Session>& session, const wire:
   });
 }
 
-// ------------------------------------------------------------------ lost owners
-
-std::vector<std::shared_ptr<Session>> ServerState::sessionsOf(const std::string& job) {
-  std::vector<std::shared_ptr<Session>> all;
-  {
-    const std::lock_guard lock(registry_mutex);
-    all.assign(sessions.begin(), sessions.end());
-  }
-  std::erase_if(all, [&](const auto& session) { return session->job() != job; });
-  return all;
-}
-
-void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
-  wire::Frame news;
-  {
-    const std::lock_guard lock(registry_mutex);
-    const auto found = groups.find(hello.job);
-    if (found == groups.end()) return;
-    GroupRecord& record = found->second;
-    const std::size_t before = record.lost.size();
-    for (const std::uint32_t owner : frame.owners) {
-      const auto at = std::lower_bound(record.lost.begin(), record.lost.end(), owner);
-      const bool known = at != record.lost.end() && *at == owner;
-      if (!known && owner >= static_cast<std::uint32_t>(record.world_size)) {
-        record.lost.insert(at, owner);
-      }
-    }
-    if (record.lost.size() == before) return;
-    record.why_lost = frame.text;
-    news = newsOf(record);
-  }
-  for (const auto& session : sessionsOf(hello.job)) session->send(news);
-}
-
-wire::Frame ServerState::newsOf(const GroupRecord& record) {
-  wire::Frame news;
-  news.kind = wire::FrameKind::kEpoch;
-  news.epoch = static_cast<std::uint32_t>(record.lost.size());
-  news.owners = record.lost;
-  news.text = record.why_lost;
-  return news;
-}
-
-void ServerState::tellLost(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
-  wire::Frame news;
-  {
-    const std::lock_guard lock(registry_mutex);
-    const auto found = groups.find(hello.job);
-    if (found == groups.end() || found->second.lost.empty()) return;
-    news = newsOf(found->second);
-  }
-  session->send(news);
-}
-
-void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
-  wire::Frame news;
-  {
-    const std::lock_guard lock(registry_mutex);
-    const auto found = groups.find(hello.job);
-    if (found == groups.end()) return;
-    GroupRecord& record = found->second;
-    const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
-    if (options.standalone) {
-      if (why.code() != Code::kUnavailable)
-        return;  // it was thrown out: the engine tells the others
-      if (record.evict_at != TimePoint::max()) return;
-      record.evict_at = transport.now() + options.evict_after;
-      record.evict_why = who + " was lost (" + why.message() + "), or has lost this reducer";
-      return;
-    }
-    if (!record.leads) return;  // who has a connection to it notices; rank 0 tells the others
-    news.kind = wire::FrameKind::kEpoch;
-    news.epoch = static_cast<std::uint32_t>(record.lost.size());
-    news.owners = {static_cast<std::uint32_t>(hello.rank)};
-    news.text = who + " of group '" + hello.group + "' was lost (" + why.message() +
-                "); make a new group without it, or restart it";
-  }
-  for (const auto& session : sessionsOf(hello.job)) session->send(news);
-}
-
-void ServerState::evict(TimePoint now) {
-  std::vector<std::pair<std::string, std::string>> jobs;  // and why
-  {
-    const std::lock_guard lock(registry_mutex);
-    for (auto& [job, record] : groups) {
-      if (record.evict_at > now) continue;
-      record.evict_at = TimePoint::max();
-      jobs.emplace_back(job, record.evict_why);
-    }
-  }
-  for (const auto& [job, why] : jobs) {
-    for (const auto& session : sessionsOf(job)) {
-      session->close(Status(Code::kUnavailable, why), /*flush=*/true);
-    }
-  }
-}
-
 // ------------------------------------------------------------------ time
 
 void ServerState::tick(TimePoint now) {
@@ -297,6 +207,8 @@ void ServerState::tick(TimePoint now) {
   }
   perform(std::move(actions));
   evict(now);
+  expireReturns(now);
+  beat(now);
 
   std::vector<std::shared_ptr<Session>> late;
   {
@@ -410,9 +322,14 @@ ServerStats ReducerServer::stats() const {
 }
 
 void ReducerServer::drain() {
-  const std::lock_guard lock(state_->registry_mutex);
-  state_->draining = true;
+  {
+    const std::lock_guard lock(state_->registry_mutex);
+    state_->draining = true;
+  }
+  state_->handOver();
 }
+
+Absentees& ReducerServer::absentees() { return state_->absentees; }
 
 bool ReducerServer::idle() const {
   const std::lock_guard lock(state_->registry_mutex);

@@ -9,6 +9,7 @@
 
 #include "common/status.h"
 #include "engine/engine.h"
+#include "server/absentees.h"
 #include "transport/transport.h"
 
 namespace reducer::server {
@@ -78,6 +79,9 @@ class ReducerServer {
 
   /// From now on no new group is taken in; the groups at work go on.
   void drain();
+
+  /// Standalone reducers that groups of this process have lost.
+  Absentees& absentees();
 
   /// True if no worker is connected.
   bool idle() const;

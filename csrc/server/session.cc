@@ -28,6 +28,7 @@ void Session::onFrame(wire::Frame frame, Payload payload) {
 }
 
 Status Session::dispatch(const wire::Frame& frame, Payload payload) {
+  pulse_.heard();
   switch (frame.kind) {
     case wire::FrameKind::kHello:
       return hello(frame.hello);
@@ -41,17 +42,28 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
     case wire::FrameKind::kSettled:
       again_bytes_ = 0;
       again_frames_ = 0;
+      settled_epoch_ = frame.epoch;
       return state_->settled(shared_from_this(), frame);
     case wire::FrameKind::kLost:
-      if (state_->options.standalone || hello_.job.empty()) {
-        return Status(Code::kInvalidArgument, "lost owners are rank 0's to know");
-      }
-      state_->lose(hello_, frame);
+    case wire::FrameKind::kBack:
+    case wire::FrameKind::kHold:
+      return onMembership(frame);
+    case wire::FrameKind::kBeat:
       return {};
     default:
       return Status(Code::kInvalidArgument, "a worker does not send frames of kind " +
                                                 std::to_string(static_cast<int>(frame.kind)));
   }
+}
+
+Status Session::onMembership(const wire::Frame& frame) {
+  if (state_->options.standalone || hello_.job.empty()) {
+    return Status(Code::kInvalidArgument, "lost owners are rank 0's to know");
+  }
+  if (frame.kind == wire::FrameKind::kLost) state_->lose(hello_, frame);
+  if (frame.kind == wire::FrameKind::kBack) state_->back(hello_, frame);
+  if (frame.kind == wire::FrameKind::kHold) state_->held(hello_, frame);
+  return {};
 }
 
 Status Session::push(const wire::Frame& frame, Payload payload) {
@@ -89,7 +101,9 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
   return state_->push(shared_from_this(), frame, std::move(payload));
 }
 
-std::uint64_t Session::windows() const { return 1 + std::min(epoch_.load(), kEpochsMax); }
+std::uint64_t Session::windows() const {
+  return 1 + std::min(epoch_.load() - calm_epoch_.load(), kEpochsMax);
+}
 
 // A worker keeps no more than two windows of what an owner answered, whose window may be larger
 // than this one's, and in two levels what carriers of other shares may be behind: segments under
@@ -145,11 +159,39 @@ std::string Session::job() {
 }
 
 void Session::answer(const wire::Frame& frame, Payload payload) {
-  outstanding_bytes_ -= windowed(frame);
+  const std::int64_t outstanding = outstanding_bytes_ -= windowed(frame);
+  // All that had moved here was sent, and what follows goes in order: there is one window again.
+  if (const std::uint32_t settled = settled_epoch_;
+      settled > calm_epoch_ && outstanding <= static_cast<std::int64_t>(hello_.window_bytes)) {
+    calm_epoch_ = settled;
+  }
   if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
     --outstanding_frames_;
   }
   connection_->send(frame, std::move(payload));
+}
+
+bool Session::failsOver() {
+  const std::lock_guard lock(mutex_);
+  return joined_ && hello_.failover;
+}
+
+void Session::beat(TimePoint now) {
+  Duration heartbeat{};
+  {
+    const std::lock_guard lock(mutex_);
+    if (!joined_ || in_process) return;
+    heartbeat = std::chrono::milliseconds(hello_.heartbeat_ms);
+  }
+  if (heartbeat == Duration::zero()) return;
+  const transport::Pulse::Verdict verdict = pulse_.feel(now, heartbeat);
+  if (verdict == transport::Pulse::Verdict::kSilent) {
+    close(transport::Pulse::silence(heartbeat), /*flush=*/false);
+  } else if (verdict == transport::Pulse::Verdict::kSpeak) {
+    wire::Frame frame;
+    frame.kind = wire::FrameKind::kBeat;
+    send(frame);
+  }
 }
 
 void Session::refuse(Code code, const std::string& text) {

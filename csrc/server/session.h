@@ -3,8 +3,11 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -12,6 +15,7 @@
 
 #include "engine/engine.h"
 #include "server/server.h"
+#include "transport/pulse.h"
 #include "transport/transport.h"
 
 namespace reducer::server {
@@ -26,6 +30,16 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::mutex mutex;
     engine::Engine engine;
   };
+  /// An attempt to take a lost owner in again: all workers are to have a connection to it, then all
+  /// are to hold their next operation.
+  struct Return {
+    std::uint32_t owner = 0;
+    std::uint32_t attempt = 0;
+    bool holding = false;
+    std::set<Rank> said;          // of the step
+    std::uint64_t first_seq = 0;  // the largest of those held
+    TimePoint deadline;
+  };
   struct GroupRecord {
     std::string name;
     std::int32_t world_size = 0;
@@ -36,9 +50,15 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::uint64_t window_bytes = 0;    // of each worker
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
-    std::vector<std::uint32_t> lost;              // owners, rising: kept by rank 0's reducer
+    bool leads = false;                           // this is rank 0's reducer, which keeps:
+    std::vector<std::uint32_t> lost;              // owners, rising
+    std::uint32_t epoch = 0;                      // changes of `lost`
     std::string why_lost;                         // the latest
-    bool leads = false;                           // this is rank 0's reducer
+    std::optional<Return> returning;
+    std::uint32_t attempts = 0;
+    bool complete = true;  // nobody has left
+    // Standalone:
+    bool closing = false;  // a worker is lost to it, so all others leave
     TimePoint evict_at = TimePoint::max();
     std::string evict_why;
   };
@@ -59,15 +79,29 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   /// What concerns an operation or a rank, and so any slot.
   template <class Call>
   Status everyShard(const Call& call);
+  // Which owners a group has (membership.cc, docs/protocol.md).
   /// A worker has lost owners: that is told to all workers of the group, once.
   void lose(const wire::Hello& hello, const wire::Frame& frame);
+  /// A worker has a connection to a lost owner.
+  void back(const wire::Hello& hello, const wire::Frame& frame);
+  /// A worker holds its next operation.
+  void held(const wire::Hello& hello, const wire::Frame& frame);
   /// A worker is lost: the others of its group are told, or have to leave this reducer.
   void loseWorker(const wire::Hello& hello, const Status& why);
   void evict(TimePoint now);
+  void expireReturns(TimePoint now);
+  /// Closes the connections of the groups that go on without this reducer.
+  void handOver();
   std::vector<std::shared_ptr<Session>> sessionsOf(const std::string& job);
   static wire::Frame newsOf(const GroupRecord& record);
   /// To one that has just joined.
   void tellLost(const std::shared_ptr<Session>& session, const wire::Hello& hello);
+  /// Queues a word to a session, or to all of a job; told() sends it. Called with the registry's
+  /// lock held.
+  void tell(const std::string& job, wire::Frame frame, std::shared_ptr<Session> session = nullptr);
+  /// All that is queued, in order. Called without locks.
+  void told();
+  void beat(TimePoint now);
   void tick(TimePoint now);
   /// Sums what is ready and sends all answers. No lock is held.
   void perform(engine::Actions actions);
@@ -86,6 +120,14 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   std::unordered_map<std::shared_ptr<Session>, TimePoint> silent;  // no hello yet: since when
   std::uint64_t reserved_bytes = 0;
   bool draining = false;
+  Absentees absentees;
+  struct News {
+    std::string job;
+    wire::Frame frame;
+    std::shared_ptr<Session> session;  // null: all of the job
+  };
+  std::deque<News> news;
+  bool telling = false;
 
   std::atomic<std::uint64_t> pushed_bytes{0};
   std::atomic<std::uint64_t> result_bytes{0};
@@ -115,9 +157,14 @@ class Session final : public transport::Handler,
   void send(const wire::Frame& frame) { connection_->send(frame, {}); }
   /// Of its hello; empty before.
   std::string job();
+  /// False: its group does not go on without this reducer.
+  bool failsOver();
+  /// Says that this end lives, and closes if the worker has been silent for too long.
+  void beat(TimePoint now);
 
  private:
   Status dispatch(const wire::Frame& frame, Payload payload);
+  Status onMembership(const wire::Frame& frame);
   Status push(const wire::Frame& frame, Payload payload);
   Status again(const wire::Frame& frame, Payload payload);
   /// Windows that the worker may have outstanding: one more for each lost owner.
@@ -136,6 +183,10 @@ class Session final : public transport::Handler,
   std::atomic<std::int64_t> outstanding_bytes_{0};
   std::atomic<std::int64_t> outstanding_frames_{0};
   std::atomic<std::uint32_t> epoch_{0};  // the latest of its frames
+  /// Nothing that moved here before this one is outstanding.
+  std::atomic<std::uint32_t> settled_epoch_{0};
+  std::atomic<std::uint32_t> calm_epoch_{0};
+  transport::Pulse pulse_;
   // Of what came again since it last settled.
   std::atomic<std::uint64_t> again_bytes_{0};
   std::atomic<std::uint64_t> again_frames_{0};

@@ -82,8 +82,8 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
     std::vector<std::uint64_t> server_bandwidths,
     const std::vector<collective::SampleTuple>& samples, bool measures,
     const std::string& algorithm, const std::string& transport, std::size_t chunk_bytes,
-    std::size_t window_bytes, bool checksum, Milliseconds connect_timeout, Milliseconds timeout,
-    std::vector<std::uint64_t> global_ranks) {
+    std::size_t window_bytes, bool checksum, Milliseconds connect_timeout, Milliseconds heartbeat,
+    bool failover, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -107,6 +107,8 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.settings.window_bytes = window_bytes;
   config.settings.checksum = checksum;
   config.settings.connect_timeout = connect_timeout;
+  config.settings.heartbeat = heartbeat;
+  config.settings.failover = failover;
   Result<c10::intrusive_ptr<ReducerBackend>> backend = [&] {
     const py::gil_scoped_release without_gil;
     return ReducerBackend::create(std::move(config), hold.runtime(), timeout,
@@ -135,7 +137,9 @@ std::map<std::string, std::uint64_t> countersOf(ReducerBackend& backend) {
           {"pushed_bytes", counters.pushed_bytes},
           {"pulled_bytes", counters.pulled_bytes},
           {"outstanding_bytes_max", counters.outstanding_bytes_max},
-          {"window_bytes", counters.window_bytes}};
+          {"window_bytes", counters.window_bytes},
+          {"owner_changes", counters.owner_changes},
+          {"servers", counters.servers}};
 }
 
 }  // namespace
@@ -184,7 +188,7 @@ PYBIND11_MODULE(_torch, m) {
            py::arg("server_bandwidths"), py::arg("samples"), py::arg("measures"),
            py::arg("algorithm"), py::arg("transport"), py::arg("chunk_bytes"),
            py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
-           py::arg("timeout"), py::arg("global_ranks"))
+           py::arg("heartbeat"), py::arg("failover"), py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly(
           "algorithm",

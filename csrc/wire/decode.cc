@@ -245,6 +245,10 @@ bool readHelloField(Reader& in, std::uint64_t tag, Hello& hello) {
       return in.string("config text", true, hello.config_text);
     case hello_tag::kHosts:
       return in.hosts(hello.hosts);
+    case hello_tag::kHeartbeatMs:
+      return in.number(kMaxUint32, "heartbeat", hello.heartbeat_ms);
+    case hello_tag::kFailover:
+      return in.number(1, "failover", hello.failover);
     default:
       return in.unexpected(tag);
   }
@@ -267,7 +271,7 @@ bool kind(Reader& in, FrameKind& out) {
   if (!in.varint(value)) return false;
   const bool here = value == static_cast<std::uint64_t>(FrameKind::kArrived) ||
                     value == static_cast<std::uint64_t>(FrameKind::kLeft);
-  if (value < 1 || value > static_cast<std::uint64_t>(FrameKind::kSettled) || here) {
+  if (value < 1 || value > static_cast<std::uint64_t>(FrameKind::kHold) || here) {
     return in.fail("kind " + std::to_string(value) + " is not known");
   }
   out = static_cast<FrameKind>(value);
@@ -354,8 +358,9 @@ bool consistent(Reader& in, const Frame& frame, std::size_t payload_nbytes) {
                  : in.fail("a hello in a frame that has none (kind " +
                            std::to_string(int(frame.kind)) + ")");
   }
-  const bool lists = frame.kind == FrameKind::kLost || frame.kind == FrameKind::kEpoch;
-  if (lists != in.met(frame_tag::kOwners)) {
+  const bool may_list = frame.kind == FrameKind::kEpoch;  // none are lost any more
+  const bool lists = frame.kind == FrameKind::kLost || frame.kind == FrameKind::kBack;
+  if (!may_list && lists != in.met(frame_tag::kOwners)) {
     return lists ? in.fail("lost owners, but none is named")
                  : in.fail("owners in a frame that has none (kind " +
                            std::to_string(int(frame.kind)) + ")");

@@ -54,6 +54,8 @@ inline constexpr std::uint32_t kWindowBytes = fieldTag(7, kVarint);
 inline constexpr std::uint32_t kConfig = fieldTag(8, kFixed64);
 inline constexpr std::uint32_t kConfigText = fieldTag(9, kDelimited);
 inline constexpr std::uint32_t kHosts = fieldTag(10, kDelimited);
+inline constexpr std::uint32_t kHeartbeatMs = fieldTag(11, kVarint);
+inline constexpr std::uint32_t kFailover = fieldTag(12, kVarint);
 }  // namespace hello_tag
 
 /// The host of every rank of the largest group: varints of two bytes.

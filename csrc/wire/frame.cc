@@ -145,6 +145,8 @@ std::vector<std::byte> encodeHello(const Hello& hello) {
   if (hello.config != 0) out.fixed(hello_tag::kConfig, hello.config);
   out.bytes(hello_tag::kConfigText, config_text);
   writeHosts(out, hello.hosts);
+  out.number(hello_tag::kHeartbeatMs, hello.heartbeat_ms);
+  out.number(hello_tag::kFailover, hello.failover ? 1 : 0);
   bytes.resize(static_cast<std::size_t>(out.at() - bytes.data()));
   return bytes;
 }

@@ -30,9 +30,15 @@ enum class FrameKind : std::uint8_t {
                  ///< left the group in good order
   // How a lost reducer is replaced: docs/protocol.md.
   kLost = 10,   ///< worker -> rank 0's reducer: `owners` are lost to this rank
-  kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch
+  kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch; those
+                ///< that were and are no more take part again from operation `slot.seq` on
   kSettled =
-      12,  ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
+      12,      ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
+  kBeat = 13,  ///< both ways: this end is alive
+  kBack = 14,  ///< worker -> rank 0's reducer: this rank has a connection to the lost owner in
+               ///< `owners` again; the other way: have one, and say so. `epoch`: of which attempt
+  kHold = 15,  ///< rank 0's reducer -> worker: start no operation until the next kEpoch; the other
+               ///< way: so it is, from operation `slot.seq` on. `epoch`: of which attempt
 };
 
 /// Which slot of a group a frame belongs to.
@@ -67,6 +73,10 @@ struct Hello {
   std::string config_text;         ///< the same settings, readable, for the message if they differ
   /// The host of every rank, numbered by its lowest rank (Placement); empty: one for each.
   std::vector<std::uint32_t> hosts;
+  /// How long this end may be silent before the other takes it for lost, and the other before this
+  /// one does; 0: for ever.
+  std::uint32_t heartbeat_ms = 0;
+  bool failover = false;  ///< the group goes on if this reducer leaves
   bool operator==(const Hello&) const = default;
 };
 
@@ -77,7 +87,7 @@ inline constexpr std::uint32_t kMaxOwners = 1 << 14;
 /// and defaults are not on the wire.
 struct Frame {
   FrameKind kind = FrameKind::kPush;
-  std::uint32_t epoch = 0;  ///< how many owners the sender knows to be lost; kResult: `acked`'s
+  std::uint32_t epoch = 0;  ///< how many changes of owners the sender knows of; kResult: `acked`'s
   SlotId slot;
   Call call;
   Rank pusher = kAllRanks;       ///< the one rank that pushes, a rail, or kAllRanks
@@ -94,7 +104,7 @@ struct Frame {
   /// kPush: the payload is the result that another owner had given to this rank, or what this rank
   /// had pushed there and was answered; no answer is wanted.
   bool again = false;
-  std::vector<std::uint32_t> owners;  ///< kLost, kEpoch: indexes of owners, rising
+  std::vector<std::uint32_t> owners;  ///< kLost, kEpoch, kBack: indexes of owners, rising
   Code code = Code::kOk;              ///< kError, kCancel
   std::string text;                   ///< kError, kCancel: the message
   Hello hello;                        ///< kHello; kWelcome: version, and host = the reducer's

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "engine/engine.h"
+#include "failover_job.h"
 #include "sim_cluster.h"
 
 namespace reducer::testing {
@@ -16,176 +17,6 @@ namespace {
 
 using collective::Algorithm;
 using collective::CallOptions;
-
-using Memory = std::vector<std::byte>;
-
-CallOptions within(std::chrono::milliseconds timeout) {
-  CallOptions options;
-  options.timeout = timeout;
-  return options;
-}
-
-ClusterOptions clusterOf(Algorithm algorithm, std::int32_t workers, std::int32_t servers,
-                         std::uint64_t seed) {
-  ClusterOptions options;
-  options.workers = workers;
-  options.servers = servers;
-  options.settings.algorithm = algorithm;
-  options.settings.chunk_bytes = 4096;
-  options.settings.window_bytes = 32768;
-  options.sim.seed = seed;
-  return options;
-}
-
-std::vector<Memory> anyInputs(Rank ranks, std::size_t nbytes, std::mt19937& random) {
-  std::vector<Memory> inputs(static_cast<std::size_t>(ranks), Memory(nbytes));
-  for (Memory& input : inputs) {
-    for (std::size_t i = 0; i + 4 <= nbytes; i += 4) {
-      const float value = static_cast<float>(static_cast<int>(random() % 20001) - 10000) *
-                          static_cast<float>(1 << random() % 20);
-      std::memcpy(input.data() + i, &value, sizeof value);
-    }
-  }
-  return inputs;
-}
-
-Memory sumOf(const std::vector<Memory>& inputs) {
-  std::vector<Payload> payloads;
-  for (const Memory& input : inputs) payloads.emplace_back(Bytes(input), nullptr);
-  Memory sum(inputs[0].size());
-  engine::sumByHost(Placement(static_cast<Rank>(inputs.size())), DataType::kFloat32, ReduceOp::kSum,
-                    payloads, sum.data());
-  return sum;
-}
-
-/// A job in which every rank makes the same calls, each when its turn comes, in place; what is done
-/// is checked and then spoilt, as a user may do.
-class Job {
- public:
-  Job(SimCluster& cluster, std::size_t calls, std::mt19937& random) : cluster_(cluster) {
-    const Rank n = cluster.workers();
-    const std::size_t counts[] = {0, 1, 300, 2'000, 9'000, 40'000};
-    for (std::size_t i = 0; i < calls; ++i) {
-      Call call;
-      call.kind = static_cast<int>(random() % 8);
-      call.count = counts[random() % 6];
-      call.root = static_cast<Rank>(random() % n);
-      call.inputs = anyInputs(n, call.count * 4, random);
-      if (call.count > 0) call.sum = sumOf(call.inputs);
-      call.data = call.inputs;
-      call.ended.assign(static_cast<std::size_t>(n), 0);
-      calls_.push_back(std::move(call));
-    }
-    next_.assign(static_cast<std::size_t>(n), 0);
-    open_.assign(static_cast<std::size_t>(n), 0);
-  }
-
-  /// Makes a rank's next calls, so that it has up to `depth` of them under way.
-  void feed(Rank rank, std::size_t depth) {
-    while (next_[rank] < calls_.size() && open_[rank] < depth) start(rank, next_[rank]++);
-  }
-  bool done() const {
-    return std::all_of(calls_.begin(), calls_.end(), [](const Call& call) {
-      return std::all_of(call.ended.begin(), call.ended.end(), [](char e) { return e != 0; });
-    });
-  }
-
- private:
-  struct Call {
-    int kind = 0;
-    std::size_t count = 0;
-    Rank root = 0;
-    std::vector<Memory> inputs;
-    std::vector<Memory> data;
-    Memory sum;
-    std::vector<char> ended;
-  };
-
-  void start(Rank rank, std::size_t index) {
-    Call& call = calls_[index];
-    ++open_[rank];
-    void* const at = call.data[rank].data();
-    const auto done = [this, rank, index](const Status& status) { end(rank, index, status); };
-    collective::Group& group = cluster_.group(rank);
-    const CallOptions options = within(std::chrono::seconds(30));
-    if (call.kind == 0) {
-      group.reduce(at, at, call.count, DataType::kFloat32, ReduceOp::kSum, call.root, options,
-                   done);
-    } else if (call.kind == 1) {
-      group.broadcast(at, call.count, DataType::kFloat32, call.root, options, done);
-    } else if (call.kind == 2) {
-      group.barrier(options, done);
-    } else {
-      group.allReduce(at, at, call.count, DataType::kFloat32, ReduceOp::kSum, options, done);
-    }
-  }
-
-  void end(Rank rank, std::size_t index, const Status& status) {
-    Call& call = calls_[index];
-    ASSERT_FALSE(call.ended[rank]) << "a call ended twice";
-    call.ended[rank] = 1;
-    --open_[rank];
-    ASSERT_TRUE(status.ok()) << "rank " << rank << ", call " << index << ": " << status.message();
-    const Memory* expected = &call.sum;
-    if (call.kind == 0 && rank != call.root) expected = &call.inputs[rank];
-    if (call.kind == 1) expected = &call.inputs[call.root];
-    if (call.kind == 2) expected = &call.inputs[rank];
-    if (call.count > 0) {
-      ASSERT_TRUE(call.data[rank] == *expected)
-          << "rank " << rank << ", call " << index << " of kind " << call.kind << ", " << call.count
-          << " elements";
-    }
-    std::fill(call.data[rank].begin(), call.data[rank].end(), std::byte{0xEE});
-  }
-
-  SimCluster& cluster_;
-  std::deque<Call> calls_;
-  std::vector<std::size_t> next_;
-  std::vector<std::size_t> open_;
-};
-
-TEST(Failover, NothingIsLostWhateverDiesAndWheneverOnEverySeed) {
-  for (std::uint64_t seed = 0; seed < 1500; ++seed) {
-    SCOPED_TRACE("seed " + std::to_string(seed));
-    std::mt19937 random(static_cast<std::uint32_t>(seed));
-    const auto workers = static_cast<std::int32_t>(2 + random() % 4);
-    const auto servers = static_cast<std::int32_t>(1 + random() % 3);
-    const Algorithm algorithm = random() % 2 == 0 ? Algorithm::kServer : Algorithm::kMixed;
-    SimCluster cluster(clusterOf(algorithm, workers, servers, seed));
-    // Everybody is connected first: who cannot be reached at the start is a mistake, not a loss.
-    std::vector<Outcome> met(static_cast<std::size_t>(workers));
-    for (Rank r = 0; r < workers; ++r) {
-      cluster.group(r).barrier(within(std::chrono::seconds(10)), met[r].callback());
-    }
-    ASSERT_TRUE(cluster.finish(met));
-    Job job(cluster, 4 + random() % 12, random);
-    std::size_t alive = static_cast<std::size_t>(servers);
-    const std::size_t deaths = 1 + random() % alive;
-    std::vector<int> order(static_cast<std::size_t>(servers));
-    for (int k = 0; k < servers; ++k) order[k] = k;
-    std::shuffle(order.begin(), order.end(), random);
-    std::vector<std::uint64_t> when;
-    for (std::size_t i = 0; i < deaths; ++i) when.push_back(random() % 3000);
-    std::sort(when.begin(), when.end());
-    const std::size_t depth = 1 + random() % 5;
-    std::uint64_t steps = 0;
-    std::size_t killed = 0;
-    const bool ended = cluster.network().runUntil(
-        [&] {
-          for (Rank r = 0; r < workers; ++r) {
-            if (random() % 4 == 0) job.feed(r, depth);
-          }
-          while (killed < deaths && steps >= when[killed]) {
-            cluster.network().kill("server" + std::to_string(order[killed++]));
-          }
-          ++steps;
-          return job.done() || ::testing::Test::HasFatalFailure();
-        },
-        std::chrono::seconds(60));
-    ASSERT_TRUE(ended) << "a rank hangs";
-    if (::testing::Test::HasFatalFailure()) return;
-  }
-}
 
 // Nobody moves anything to a worker while a standalone reducer is left: it says at once who has
 // left.
@@ -289,6 +120,16 @@ TEST(FailoverThreads, WithRanksThatShareHostsAndWithout) {
       SimCluster cluster(options);
       std::vector<std::unique_ptr<Caller>> callers;
       std::vector<std::thread> threads;
+      std::vector<std::promise<Status>> met(static_cast<std::size_t>(workers));
+      std::vector<std::vector<float>> first(static_cast<std::size_t>(workers),
+                                            std::vector<float>(60'000));
+      for (Rank r = 0; r < workers; ++r) {
+        cluster.group(r).allReduce(first[r].data(), first[r].data(), first[r].size(),
+                                   DataType::kFloat32, ReduceOp::kSum,
+                                   within(std::chrono::seconds(20)),
+                                   [&met, r](const Status& status) { met[r].set_value(status); });
+      }
+      for (auto& each : met) ASSERT_TRUE(each.get_future().get().ok());
       for (Rank r = 0; r < workers; ++r) {
         callers.push_back(std::make_unique<Caller>(cluster.group(r), 60'000));
         threads.emplace_back([caller = callers.back().get()] { caller->run(40); });

@@ -225,8 +225,10 @@ TEST(Frame, RefusesWhatIsNoMessage) {
   expectRefused(raw({0x08, 8}), "kind 8 is not known");
   expectRefused(raw({0x08, 7, 0x08, 7}), "field 1 comes twice (byte 3)");
   expectRefused(raw({0x08, 9}), "kind 9 is not known");
-  expectRefused(raw({0x08, 13}), "kind 13 is not known");
+  expectRefused(raw({0x08, 16}), "kind 16 is not known");
   expectRefused(raw({0x08, 10}), "lost owners, but none is named");
+  expectRefused(raw({0x08, 14}), "lost owners, but none is named");
+  EXPECT_TRUE(decodeAlone(raw({0x08, 11})).ok());  // none are lost any more
   expectRefused(raw({0x08, 7, 0xC2, 1, 1, 3}), "owners in a frame that has none (kind 7)");
   expectRefused(raw({0x08, 11, 0xC2, 1, 0}), "a list of no owners");
   expectRefused(raw({0x08, 11, 0xC2, 1, 2, 3, 3}), "owners that do not rise");
@@ -308,13 +310,16 @@ TEST(Frame, RefusesBadHellos) {
                   h.hosts = {0, 1, 0};
                 }),
                 "the hosts of 3 ranks in a world of 4");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x52, 0}), "in hello: hosts of no rank");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, kProtocolVersion, 0x52, 0}),
+                "in hello: hosts of no rank");
   expectRefused(raw({0x08, 2}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 1}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 7, 0xAA, 1, 0}), "a hello in a frame that has none");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 3, 0x08, 2, 0x20}), "in hello: it ends within a field");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x50, 1}), "in hello: field 10");
-  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, 2, 0x08, 2}), "in hello: field 1 comes twice");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 3, 0x08, kProtocolVersion, 0x20}),
+                "in hello: it ends within a field");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, kProtocolVersion, 0x50, 1}), "in hello: field 10");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, kProtocolVersion, 0x08, kProtocolVersion}),
+                "in hello: field 1 comes twice");
 }
 
 TEST(Frame, AHelloOfAnotherVersionIsReadAsFarAsItsVersion) {
@@ -338,7 +343,7 @@ TEST(Frame, AHelloOfAnotherVersionIsReadAsFarAsItsVersion) {
   }
   // No version at all is version 0; a hello of this version is not excused.
   EXPECT_TRUE(decodeAlone(raw({0x08, 1, 0xAA, 1, 0})).ok());
-  expectRefused(raw({0x08, 1, 0xAA, 1, 2, 0x08, 2, 0xA2, 6, 0}), "field 100");
+  expectRefused(raw({0x08, 1, 0xAA, 1, 2, 0x08, kProtocolVersion, 0xA2, 6, 0}), "field 100");
 }
 
 TEST(Frame, TextsAreCutAndMadeUtf8BySendersAndCheckedByReceivers) {

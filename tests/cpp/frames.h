@@ -77,6 +77,8 @@ inline wire::Hello anyHello(Random& random) {
   hello.config = random();
   hello.config_text = anyText(random);
   hello.hosts = anyHosts(random, hello.world_size);
+  hello.heartbeat_ms = static_cast<std::uint32_t>(anyNumber(random, 32));
+  hello.failover = upTo(random, 1) == 1;
   return hello;
 }
 
@@ -85,7 +87,7 @@ inline wire::Hello anyHello(Random& random) {
 inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
                             std::size_t& payload_nbytes) {
   wire::Frame frame;
-  const std::uint64_t kind = 1 + upTo(random, 9);  // 8 and 9 never leave a process
+  const std::uint64_t kind = 1 + upTo(random, 12);  // 8 and 9 never leave a process
   frame.kind = static_cast<wire::FrameKind>(kind < 8 ? kind : kind + 2);
   payload_nbytes = 0;
   frame.epoch = static_cast<std::uint32_t>(anyNumber(random, 32));
@@ -96,9 +98,11 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
     frame.hello.version = kProtocolVersion;
     frame.hello.host = anyText(random);
   }
-  if (frame.kind == wire::FrameKind::kLost || frame.kind == wire::FrameKind::kEpoch) {
+  if (frame.kind == wire::FrameKind::kLost || frame.kind == wire::FrameKind::kEpoch ||
+      frame.kind == wire::FrameKind::kBack) {
     std::uint32_t owner = 0;
-    for (std::uint64_t i = upTo(random, 20) + 1; i > 0; --i) {
+    const std::uint64_t least = frame.kind == wire::FrameKind::kEpoch ? 0 : 1;
+    for (std::uint64_t i = upTo(random, 20) + least; i > 0; --i) {
       owner += 1 + static_cast<std::uint32_t>(upTo(random, 300));
       frame.owners.push_back(owner);
     }

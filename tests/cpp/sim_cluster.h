@@ -54,13 +54,9 @@ class SimCluster {
  public:
   explicit SimCluster(ClusterOptions options) : options_(options), network_(options.sim) {
     for (std::int32_t k = 0; k < options_.servers; ++k) {
-      hosts_.push_back(network_.addHost("server" + std::to_string(k)));
-      server::ServerOptions server;
-      server.host = "server" + std::to_string(k) + ":1";
-      server.memory_limit_bytes = options_.server_memory_bytes;
-      server.standalone = true;
-      reducers_.push_back(std::make_unique<server::ReducerServer>(*hosts_.back(), server));
-      EXPECT_TRUE(reducers_.back()->listen("server" + std::to_string(k) + ":7000").ok());
+      hosts_.emplace_back();
+      reducers_.emplace_back();
+      startServer(k);
       server_addresses_.push_back(reducers_.back()->address());
     }
     for (std::int32_t r = 0; r < options_.workers; ++r) {
@@ -92,6 +88,13 @@ class SimCluster {
     reducers_.clear();
     worker_hosts_.clear();
     hosts_.clear();
+  }
+
+  /// A standalone reducer that was killed, with nothing of what it had.
+  void restart(std::int32_t k) {
+    reducers_[k].reset();
+    hosts_[k].reset();
+    startServer(k);
   }
 
   void makeGroups(const std::string& job, const std::string& name) {
@@ -155,6 +158,17 @@ class SimCluster {
   transport::Transport& host(Rank rank) { return *worker_hosts_[rank]; }
 
  private:
+  void startServer(std::int32_t k) {
+    const std::string name = "server" + std::to_string(k);
+    hosts_[k] = network_.addHost(name);
+    server::ServerOptions server;
+    server.host = name + ":1";
+    server.memory_limit_bytes = options_.server_memory_bytes;
+    server.standalone = true;
+    reducers_[k] = std::make_unique<server::ReducerServer>(*hosts_[k], server);
+    EXPECT_TRUE(reducers_[k]->listen(name + ":7000").ok());
+  }
+
   const ClusterOptions options_;
   transport::SimNetwork network_;
   std::vector<std::unique_ptr<transport::Transport>> hosts_;

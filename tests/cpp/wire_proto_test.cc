@@ -48,6 +48,8 @@ void fillHello(const wire::Hello& hello, v1::Hello& out) {
   out.set_config(hello.config);
   out.set_config_text(hello.config_text);
   for (const std::uint32_t host : hello.hosts) out.add_hosts(host);
+  out.set_heartbeat_ms(hello.heartbeat_ms);
+  out.set_failover(hello.failover);
 }
 
 /// The same frame as another client would build it.

@@ -94,6 +94,114 @@ def test_reducers_die_one_after_the_other_and_the_training_goes_on(
     assert "by the workers themselves from now on" in logs
 
 
+def servers_taking_part() -> int:
+    """After one more collective, so that nothing is on its way to this rank."""
+    dist.all_reduce(torch.ones(1))
+    return int(dist.group.WORLD._get_backend(torch.device("cpu")).counters()["servers"])
+
+
+def wait_for_servers(count: int, seconds: float) -> float:
+    """Small collectives until all ranks have `count` standalone reducers; how long that took."""
+    began = time.monotonic()
+    while True:
+        there = torch.tensor([float(servers_taking_part() == count), float(time.monotonic() - began < seconds)])
+        dist.all_reduce(there, op=dist.ReduceOp.MIN)
+        if there[0].item():
+            return time.monotonic() - began
+        assert there[1].item(), f"not {count} standalone reducers within {seconds} s"
+        time.sleep(0.01)
+
+
+HEARTBEAT_S = 1.0
+
+
+def steady(addresses: str, **more: str) -> dict[str, str]:
+    return {"REDUCER_SERVERS": addresses, "REDUCER_ALGORITHM": "server", "REDUCER_HEARTBEAT": str(HEARTBEAT_S)} | more
+
+
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_a_reducer_that_stops_is_missed_after_a_heartbeat_and_taken_in_when_it_goes_on(transport: str) -> None:
+    with (
+        killable_reducers(2) as (processes, addresses),
+        Ranks(3, steady(addresses, REDUCER_TRANSPORT=transport)) as ranks,
+    ):
+        ranks.call(reduce_and_check, 0.2, [300_000])
+        ranks.start([0, 1, 2], reduce_and_check, 3.0, [7, 300_000])
+        time.sleep(0.5)
+        processes[0].send_signal(signal.SIGSTOP)
+        rounds = [outcome.value for outcome in ranks.answers([0, 1, 2], 60.0)]
+        assert ranks.call(servers_taking_part) == [1, 1, 1]
+        processes[0].send_signal(signal.SIGCONT)
+        ranks.call(wait_for_servers, 2, 20.0)
+        ranks.call(reduce_and_check, 0.5, [7, 300_000])
+        logs = ranks.logs()
+    longest = max(longest for _, longest in rounds)
+    assert HEARTBEAT_S * 0.7 < longest < HEARTBEAT_S + 2.0, rounds
+    assert "silent for 1 s" in logs
+    assert f"{addresses.split(',')[0]} is back, and takes part again" in logs
+    assert logs.count("reducer: warning") == 2, logs
+
+
+def test_a_reducer_that_is_started_again_is_taken_in() -> None:
+    with (
+        killable_reducers(2) as (processes, addresses),
+        Ranks(4, steady(addresses, REDUCER_ALGORITHM="mixed")) as ranks,
+    ):
+        for _ in range(2):
+            ranks.start([0, 1, 2, 3], reduce_and_check, 1.0, [7, 300_000])
+            time.sleep(0.3)
+            for process in processes:  # the workers' own reducers go on alone
+                process.kill()
+                process.wait()
+            ranks.answers([0, 1, 2, 3], 60.0)
+            assert ranks.call(servers_taking_part) == [0] * 4
+            processes[:] = [start_reducer(listen=address) for address in addresses.split(",")]
+            for process in processes:
+                ready_address(process)
+            ranks.call(wait_for_servers, 2, 20.0)
+            ranks.call(reduce_and_check, 0.3, [7, 300_000])
+        logs = ranks.logs()
+    assert logs.count("is back, and takes part again") == 4, logs
+
+
+def test_a_reducer_that_is_told_to_stop_hands_over_at_once() -> None:
+    with killable_reducers(2) as (processes, addresses), Ranks(3, steady(addresses)) as ranks:
+        ranks.start([0, 1, 2], reduce_and_check, 1.5, [7, 300_000])
+        time.sleep(0.5)
+        processes[0].terminate()
+        assert processes[0].wait(10) == 0
+        rounds = [outcome.value for outcome in ranks.answers([0, 1, 2], 60.0)]
+        logs = ranks.logs()
+        assert processes[0].stdout is not None
+        assert "reducer stopped\n" in processes[0].stdout.read()
+    assert max(longest for _, longest in rounds) < 2.0, rounds
+    assert "the reducer was told to stop" in logs
+
+
+def test_a_worker_that_stops_is_missed_after_a_heartbeat() -> None:
+    with killable_reducers(2) as (_, addresses), Ranks(4, steady(addresses)) as ranks:
+        ranks.call(reduce_and_check, 0.2, [1000])
+        os.kill(ranks.pid(2), signal.SIGSTOP)
+        began = time.monotonic()
+        outcomes = ranks.try_call(reduce_and_check, 1.0, [1000], only=[0, 1, 3])
+        took = time.monotonic() - began
+        os.kill(ranks.pid(2), signal.SIGCONT)
+    assert took < HEARTBEAT_S + 4.0
+    for outcome in outcomes:
+        assert outcome.kind == "DistBackendError", outcome
+        assert "rank 2" in outcome.trace and "silent for 1 s" in outcome.trace, outcome.trace
+
+
+def test_without_failover_a_lost_reducer_ends_the_group_and_nothing_is_kept() -> None:
+    with killable_reducers(2) as (processes, addresses), Ranks(2, steady(addresses, REDUCER_FAILOVER="0")) as ranks:
+        ranks.call(reduce_and_check, 0.2, [1000])
+        processes[0].kill()
+        outcomes = ranks.try_call(reduce_and_check, 5.0, [1000])
+        for outcome in outcomes:
+            assert outcome.kind == "DistBackendError"
+            assert f"the reducer at {addresses.split(',')[0]} is gone" in outcome.trace
+
+
 def test_a_reducer_that_two_groups_use() -> None:
     with killable_reducers(2) as (processes, addresses):
         env = {"REDUCER_SERVERS": addresses, "REDUCER_ALGORITHM": "server"}

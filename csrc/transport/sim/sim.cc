@@ -136,6 +136,14 @@ TimePoint SimNetwork::now() const { return state_->now(); }
 void SimNetwork::kill(const std::string& name) { state_->kill(name); }
 void SimNetwork::pause(const std::string& name) { state_->pause(name); }
 void SimNetwork::resume(const std::string& name) { state_->resume(name); }
+void SimNetwork::sever(const std::string& one, const std::string& other) {
+  state_->sever(one, other);
+}
+void SimNetwork::cut(const std::string& one, const std::string& other) { state_->cut(one, other); }
+void SimNetwork::mend(const std::string& one, const std::string& other) {
+  state_->mend(one, other);
+}
+void SimNetwork::slow(const std::string& name, Duration extra) { state_->slow(name, extra); }
 
 void SimNetwork::sendGarbage(const std::string& address, Payload bytes,
                              std::function<void(const wire::Frame&)> reply,

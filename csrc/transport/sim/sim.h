@@ -97,6 +97,15 @@ class SimNetwork {
   /// SIGSTOP / cable out: what is sent to or from it is held (nothing lost) until resume().
   void pause(const std::string& name);
   void resume(const std::string& name);
+  /// Breaks every connection between two hosts, as a reset does: both ends learn of it, and part of
+  /// what was on its way is gone.
+  void sever(const std::string& one, const std::string& other);
+  /// A cable out between two hosts: what is sent between them is held (nothing lost), and connects
+  /// go unanswered, until mend().
+  void cut(const std::string& one, const std::string& other);
+  void mend(const std::string& one, const std::string& other);
+  /// What is sent to or from the host takes so much longer from now on.
+  void slow(const std::string& name, Duration extra);
 
   /// Sends raw bytes instead of a frame on a new connection to `address` as a broken client would;
   /// `reply` gets each frame that comes back, and `closed` the end.

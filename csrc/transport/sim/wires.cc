@@ -70,7 +70,7 @@ std::shared_ptr<Endpoint> World::connect(const std::shared_ptr<Host>& host,
 bool World::attempt(Held& held, const std::shared_ptr<Endpoint>& from) {
   if (!from->connecting || from->closed || from->host->gone) return false;
   const auto found = listeners_.find(from->peer_address);
-  if (found != listeners_.end() && !found->second->host->paused && !from->host->paused) {
+  if (found != listeners_.end() && !areApart(*found->second->host, *from->host)) {
     establish(held, from, found->second);
     return true;
   }
@@ -132,7 +132,7 @@ void World::transmit(Held& held, Endpoint& from, Message message) {
     enterNic(from, {Item::Kind::kMessage, std::move(message), {}});
     return;
   }
-  to->last_due = std::max(to->last_due, nowHeld() + delay());
+  to->last_due = std::max(to->last_due, nowHeld() + delay() + from.host->extra + to->host->extra);
   to->inbound.push_back({to->last_due, {Item::Kind::kMessage, std::move(message), {}}});
   pushEvent(Event::Kind::kArrive, to, to->last_due);
 }
@@ -198,7 +198,7 @@ void World::closeNow(Held& held, const EndpointList& endpoints, const Status& re
 // ------------------------------------------------------------------ arriving
 
 bool World::isHeld(const Endpoint& endpoint) const {
-  return endpoint.host->paused || (endpoint.peer && endpoint.peer->host->paused);
+  return endpoint.host->paused || (endpoint.peer && areApart(*endpoint.host, *endpoint.peer->host));
 }
 
 bool World::arrive(Held& held, const std::shared_ptr<Endpoint>& to, TimePoint at) {

@@ -280,6 +280,55 @@ void World::resume(const std::string& name) {
   }
 }
 
+World::EndpointList World::between(const std::shared_ptr<Host>& one,
+                                   const std::shared_ptr<Host>& other) const {
+  EndpointList all;
+  for (const auto& [id, endpoint] : one->endpoints) {
+    if (endpoint->peer && endpoint->peer->host == other) all.push_back(endpoint);
+  }
+  return all;
+}
+
+void World::sever(const std::string& one, const std::string& other) {
+  EndpointList broken;
+  {
+    const Held held(*this);
+    const std::shared_ptr<Host> hosts[] = {findHost(one), findHost(other)};
+    if (!hosts[0] || !hosts[1]) return;
+    broken = between(hosts[0], hosts[1]);
+  }
+  for (const auto& endpoint : broken) {
+    close(endpoint, Status(Code::kUnavailable, "connection reset"), /*flush=*/false);
+  }
+}
+
+void World::cut(const std::string& one, const std::string& other) {
+  const Held held(*this);
+  cuts_.insert(std::minmax(one, other));
+}
+
+void World::mend(const std::string& one, const std::string& other) {
+  const Held held(*this);
+  cuts_.erase(std::minmax(one, other));
+  const std::shared_ptr<Host> hosts[] = {findHost(one), findHost(other)};
+  if (!hosts[0] || !hosts[1]) return;
+  for (const int side : {0, 1}) {
+    for (const auto& endpoint : between(hosts[side], hosts[1 - side])) {
+      if (!isHeld(*endpoint)) retime(endpoint);
+    }
+  }
+}
+
+bool World::areApart(const Host& one, const Host& other) const {
+  return one.paused || other.paused ||
+         (!cuts_.empty() && cuts_.contains(std::minmax(one.name, other.name)));
+}
+
+void World::slow(const std::string& name, Duration extra) {
+  const Held held(*this);
+  if (const std::shared_ptr<Host> host = findHost(name)) host->extra = extra;
+}
+
 // ------------------------------------------------------------------ listeners, timers, tasks
 
 Result<std::shared_ptr<ListenerState>> World::listen(const std::shared_ptr<Host>& host,

@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <queue>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -33,6 +34,7 @@ struct Host {
   bool gone = false;  ///< killed, or its transport was destroyed: nothing of it runs any more
   bool destroyed = false;
   bool paused = false;
+  Duration extra{};  ///< of all that is sent to it or from it
   std::uint16_t last_port = 49151;
   std::map<std::uint64_t, std::shared_ptr<Endpoint>> endpoints;    ///< not yet closed, by id
   std::deque<std::shared_ptr<const std::function<void()>>> tasks;  ///< an event each
@@ -137,6 +139,10 @@ class World : public std::enable_shared_from_this<World> {
   void kill(const std::string& name);
   void pause(const std::string& name);
   void resume(const std::string& name);
+  void sever(const std::string& one, const std::string& other);
+  void cut(const std::string& one, const std::string& other);
+  void mend(const std::string& one, const std::string& other);
+  void slow(const std::string& name, Duration extra);
 
   // For the transports (world.cc).
   Result<std::shared_ptr<ListenerState>> listen(const std::shared_ptr<Host>& host,
@@ -202,6 +208,9 @@ class World : public std::enable_shared_from_this<World> {
   // Connections (wires.cc).
   std::shared_ptr<Endpoint> makeEndpoint(const std::shared_ptr<Host>& host);
   bool isHeld(const Endpoint& endpoint) const;
+  bool areApart(const Host& one, const Host& other) const;
+  /// Endpoints whose hosts are these two.
+  EndpointList between(const std::shared_ptr<Host>& one, const std::shared_ptr<Host>& other) const;
   bool arrive(Held& held, const std::shared_ptr<Endpoint>& to, TimePoint at);
   bool attempt(Held& held, const std::shared_ptr<Endpoint>& from);
   void establish(Held& held, const std::shared_ptr<Endpoint>& from,
@@ -246,8 +255,9 @@ class World : public std::enable_shared_from_this<World> {
   std::uint64_t next_order_ = 0;
   std::uint64_t next_endpoint_ = 0;
   std::map<std::string, std::shared_ptr<Host>> hosts_;
-  std::vector<std::shared_ptr<Host>> replaced_;  // gone, and their names are others' now
-  std::shared_ptr<Processor> processor_;         // the last that was made
+  std::vector<std::shared_ptr<Host>> replaced_;         // gone, and their names are others' now
+  std::shared_ptr<Processor> processor_;                // the last that was made
+  std::set<std::pair<std::string, std::string>> cuts_;  // by names, in order
   std::map<std::string, std::shared_ptr<ListenerState>> listeners_;  // by address
   std::vector<Call> calls_;
   bool stopping_ = false;

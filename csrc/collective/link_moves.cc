@@ -1,0 +1,126 @@
+// Link, where owners are lost and come back: docs/protocol.md.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "collective/link.h"
+#include "common/check.h"
+#include "wire/lane.h"
+
+namespace reducer::collective {
+
+void Link::keep(Awaited& awaited, const Payload& answer) {
+  if (!config_.losable || !awaited.operation ||
+      wire::operationLane(awaited.piece.frame.slot.lane) != wire::kCollectiveLane) {
+    return;
+  }
+  Kept kept{awaited.key, awaited.piece.frame, answer};
+  if (awaited.payload.nbytes() > 0) {
+    // The user's memory, which is the user's again when the operation is done.
+    const std::size_t nbytes = awaited.payload.nbytes();
+    auto copy = std::make_shared<std::vector<std::byte>>(nbytes);
+    awaited.payload.copyTo(copy->data());
+    kept.payload = Payload(Bytes(copy->data(), nbytes), copy);
+  }
+  awaited.payload = {};
+  kept_.push_back(std::move(kept));
+}
+
+void Link::prune(const wire::Frame& result) {
+  if (result.epoch < epoch_) return;
+  if (epoch_ == 0) {
+    while (!kept_.empty() && kept_.front().key < result.acked) kept_.pop_front();
+  } else {
+    std::erase_if(kept_, [&](const Kept& kept) { return kept.key < result.acked; });
+  }
+}
+
+Link::Taken Link::takeAway() {
+  Taken taken;
+  std::shared_ptr<transport::Connection> connection;
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+    connection.swap(connection_);
+    if (!opened_) closed_ = true;
+    for (auto& [slot, awaited] : awaited_) {
+      if (!awaited.operation || awaited.operation->finished()) continue;
+      REDUCER_CHECK(awaited.origin.end > 0);  // nothing else is pushed to one that can be lost
+      awaited.origin.operation = std::move(awaited.operation);
+      taken.unanswered.push_back(std::move(awaited.origin));
+    }
+    for (auto& [lane, queue] : queues_) {
+      for (Cursor& cursor : queue.cursors) taken.unanswered.push_back(std::move(cursor));
+    }
+    for (Kept& kept : kept_) taken.kept.push_back(std::move(kept));
+    taken.rest = std::make_shared<decltype(awaited_)>(std::move(awaited_));
+    awaited_.clear();
+    queues_.clear();
+    kept_.clear();
+    told_.clear();
+    outstanding_bytes_ = 0;
+    settles_ = false;
+  }
+  // What is still to be sent there is of no use.
+  taken.leave = [connection] {
+    if (connection) connection->close(Status(Code::kUnavailable, "it was lost"), /*flush=*/false);
+  };
+  return taken;
+}
+
+Status Link::inherit(Heritage heritage, std::uint32_t epoch) {
+  const std::lock_guard lock(mutex_);
+  const bool nothing = heritage.unanswered.empty() && heritage.kept.empty();
+  if ((closed_ && !config_.losable) || closing_) {
+    return nothing ? Status() : Status(Code::kUnavailable, hasLeft());
+  }
+  epoch_ = epoch;
+  settles_ = true;
+  for (Cursor& cursor : heritage.unanswered) {
+    cursor.moved = cursor.owed = true;
+    Queue& queue = queues_[cursor.operation->info().lane];
+    const std::uint64_t seq = cursor.operation->info().seq;
+    const auto place =
+        std::find_if(queue.cursors.begin(), queue.cursors.end(),
+                     [seq](const Cursor& other) { return other.operation->info().seq > seq; });
+    queue.cursors.insert(place, std::move(cursor));
+    ++queue.moved;
+    ++queue.owed;
+  }
+  for (Kept& kept : heritage.kept) {
+    kept.frame.again = true;
+    kept.frame.epoch = epoch;
+    kept.frame.acked = 0;
+    kept.frame.has_checksum = config_.checksum && kept.payload.nbytes() > 0;
+    if (kept.frame.has_checksum) kept.frame.checksum = wire::crc32c(kept.payload);
+    told_.emplace_back(kept.frame, kept.payload);
+    if (config_.losable) kept_.push_back(std::move(kept));
+  }
+  return {};
+}
+
+void Link::enterEpoch(std::uint32_t epoch) {
+  const std::lock_guard lock(mutex_);
+  epoch_ = epoch;
+}
+
+bool Link::tell(wire::Frame frame) {
+  const std::lock_guard lock(mutex_);
+  if (closed_ || closing_) return false;
+  told_.emplace_back(std::move(frame), Payload());
+  return true;
+}
+
+void Link::reopen() {
+  {
+    const std::lock_guard lock(mutex_);
+    REDUCER_CHECK((closing_ || closed_) && !connection_);
+    ++generation_;
+    opened_ = true;
+    closing_ = closed_ = welcome_ = false;
+    down_ = fatal_ = {};
+  }
+  connect();
+}
+
+}  // namespace reducer::collective
