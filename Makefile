@@ -24,7 +24,7 @@ CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo netlab perf-check test test-cpp test-asan test-tsan test-python torch-suite test-integrations fuzz-smoke fuzz model lint tidy format bench clean
+.PHONY: help setup demo netlab perf-check test test-cpp test-asan test-tsan test-python torch-suite test-integrations sim-soak chaos fuzz-smoke fuzz model lint tidy format bench clean
 
 help: ## this table
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -99,6 +99,9 @@ test-integrations: setup ## Lightning, Accelerate and Ray Train on this backend,
 
 torch-suite: setup ## PyTorch's own distributed suite on reducer, and beside it on Gloo (10 minutes; not a part of test)
 	$(VENV)/python tests/torch_suite/report.py $(ARGS)
+
+sim-soak: setup ## failover in 100,000 simulated jobs (SEEDS), and that planted faults are found (15 minutes; a part is in test)
+	tests/soak/check.sh
 
 model: setup ## the protocol of failover, every interleaving of a small job, by Spin (4 minutes; not a part of test)
 	tests/model/check.sh

@@ -5,12 +5,13 @@
 
 #include "collective/link.h"
 #include "common/check.h"
+#include "common/planted.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
 
 void Link::keep(Awaited& awaited, const Payload& answer) {
-  if (!config_.losable || !awaited.operation ||
+  if (!config_.losable || !awaited.operation || planted(Planted::kNoKeeping) ||
       wire::operationLane(awaited.piece.frame.slot.lane) != wire::kCollectiveLane) {
     return;
   }
@@ -27,7 +28,7 @@ void Link::keep(Awaited& awaited, const Payload& answer) {
 }
 
 void Link::prune(const wire::Frame& result) {
-  if (result.epoch < epoch_) return;
+  if (result.epoch < epoch_ && !planted(Planted::kStaleAcks)) return;
   if (epoch_ == 0) {
     while (!kept_.empty() && kept_.front().key < result.acked) kept_.pop_front();
   } else {

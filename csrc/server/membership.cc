@@ -1,6 +1,7 @@
 // Which owners a group has, and whom that is told: docs/protocol.md. Rank 0's reducer decides.
 #include <algorithm>
 
+#include "common/planted.h"
 #include "server/session.h"
 
 namespace reducer::server {
@@ -199,8 +200,11 @@ void ServerState::held(const wire::Hello& hello, const wire::Frame& frame) {
     GroupRecord& record = found->second;
     std::optional<Return>& returning = record.returning;
     if (!returning || !returning->holding || returning->attempt != frame.epoch) return;
+    const std::uint64_t seq = frame.slot.seq;
+    const bool beyond =
+        planted(Planted::kEarlyReturn) ? seq < returning->first_seq : seq > returning->first_seq;
+    if (returning->said.empty() || beyond) returning->first_seq = seq;
     returning->said.insert(hello.rank);
-    returning->first_seq = std::max(returning->first_seq, frame.slot.seq);
     if (returning->said.size() < static_cast<std::size_t>(record.world_size)) return;
     std::erase(record.lost, returning->owner);
     ++record.epoch;

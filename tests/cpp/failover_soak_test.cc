@@ -227,8 +227,8 @@ class Storm {
   std::mt19937 random_;
   Tally& tally_;
   std::int32_t servers_ = 0;
+  std::unique_ptr<Job> job_;  // the groups' last words go there
   std::unique_ptr<SimCluster> cluster_;
-  std::unique_ptr<Job> job_;
   std::size_t calls_ = 0;
   std::size_t depth_ = 1;
   Duration lull_{};
