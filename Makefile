@@ -24,13 +24,14 @@ CPP_FILES = $(shell find $(CPP_FOLDERS) -name '*.cc' -o -name '*.h')
 
 export MAX_JOBS := $(JOBS)
 
-.PHONY: help setup demo netlab perf-check test test-cpp test-asan test-tsan test-python torch-suite test-integrations sim-soak chaos fuzz-smoke fuzz model lint tidy format bench clean
+.PHONY: help setup demo netlab perf-check test test-cpp test-asan test-tsan test-model test-python torch-suite test-integrations sim-soak chaos fuzz-smoke fuzz model lint tidy format bench clean
 
 help: ## this table
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 	@echo
 	@echo 'netlab takes SCENARIO, as 8+8 or 8+4,8+0 (default: all); perf-check takes ARGS=--update;'
 	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest;'
+	@echo 'sim-soak takes SEEDS, its number of jobs;'
 	@echo 'torch-suite takes ARGS such as "--backend reducer --world-size 3 -k barrier", or --list.'
 
 setup: ## everything this machine lacks: system packages, .venv, the build (quick if nothing)
@@ -45,7 +46,7 @@ netlab: setup ## emulated clusters with limited NICs: every algorithm against Gl
 perf-check: setup ## fails where a ratio is more than 15% below benchmarks/baseline.toml (minutes; not a part of test)
 	$(VENV)/python benchmarks/perf_check.py $(ARGS)
 
-test: lint test-cpp test-asan test-tsan fuzz-smoke test-python ## everything below down to test-python
+test: lint test-model test-cpp test-asan test-tsan fuzz-smoke test-python ## everything below down to test-python
 
 lint: setup ## formatters and linters, changing nothing
 	$(VENV)/ruff check .
@@ -67,6 +68,8 @@ define sanitized
 endef
 
 test-asan: export UBSAN_OPTIONS = print_stacktrace=1
+# Each takes ten times as long here.
+test-asan: export REDUCER_SIM_SEEDS = 300
 test-asan: setup ## the core under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call sanitized,asan,address,cpp_tests)
 
@@ -103,7 +106,10 @@ torch-suite: setup ## PyTorch's own distributed suite on reducer, and beside it 
 sim-soak: setup ## failover in 100,000 simulated jobs (SEEDS), and that planted faults are found (15 minutes; a part is in test)
 	tests/soak/check.sh
 
-model: setup ## the protocol of failover, every interleaving of a small job, by Spin (4 minutes; not a part of test)
+test-model: setup ## the protocol of failover, every interleaving of the smallest jobs, by Spin
+	tests/model/check.sh quick
+
+model: setup ## the same with larger jobs (minutes; not a part of test)
 	tests/model/check.sh
 
 tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
