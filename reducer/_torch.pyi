@@ -45,6 +45,7 @@ class ReducerBackend(Backend):
         workers: list[str],
         servers: list[str],
         places: list[str],
+        hosts: list[str],
         worker_bandwidths: list[int],
         server_bandwidths: list[int],
         samples: Sequence[Sample],
@@ -54,12 +55,13 @@ class ReducerBackend(Backend):
         chunk_bytes: int,
         window_bytes: int,
         checksum: bool,
+        warns: bool,
         connect_timeout: timedelta,
         timeout: timedelta,
         global_ranks: list[int],
     ) -> None:
         """`job`: 16 bytes, equal on all ranks and new for each instance; `workers`: addresses by rank; `places`: equal
-        texts are ranks that share a host. ValueError."""
+        texts are ranks that share a host; `hosts`: their names for messages. ValueError."""
 
     @property
     def options(self) -> BackendOptions: ...

@@ -137,6 +137,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         workers=verdict["workers"],
         servers=verdict["servers"],
         places=verdict["places"],
+        hosts=verdict["hosts"],
         samples=[tuning.Sample(*sample) for sample in verdict["samples"]],
         measures=verdict["measures"],
         worker_bandwidths=verdict["worker_bandwidths"],
@@ -146,6 +147,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
+        warns=settings.log not in ("off", "error"),
         connect_timeout=settings.connect_timeout,
         timeout=place.timeout,
         global_ranks=list(options.global_ranks_in_group) or list(range(place.world_size)),
@@ -327,6 +329,7 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         verdict: dict[str, Any] = {
             "job": secrets.token_hex(16),
             "workers": [entries[rank]["address"] for rank in range(place.world_size)],
+            "hosts": [entries[rank]["host"] for rank in range(place.world_size)],
             "servers": servers,
             "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items()) if settings.bandwidth],
             "server_bandwidths": server_bandwidths,

@@ -130,9 +130,11 @@ void GroupState::onEpoch(const wire::Frame& frame) {
                   [this](OwnerIndex owner) { return !losable(owner); })) {
     // A worker: its part is gone, and the group with it. What it had its part in may still come.
     const std::lock_guard lock(mutex_);
-    if (worker_lost_.ok()) {
-      worker_lost_ = Status(Code::kUnavailable, frame.text);
-      worker_lost_at_ = transport_.now();
+    if (worker_lost_.rank == kAllRanks) {
+      worker_lost_ = {static_cast<Rank>(frame.owners.front()),
+                      frame.text,
+                      {frame.slot.seq, frame.call},
+                      transport_.now()};
     }
   }
   if (lost.empty()) return;

@@ -32,7 +32,8 @@ struct GroupConfig {
   std::vector<std::string> workers;  ///< address of the reducer inside each worker, by rank
   std::vector<std::string>
       servers;  ///< addresses of the standalone reducers, equal and in equal order on all ranks
-  std::string host;  ///< "hostname:pid" of this rank, for messages
+  std::string host;                ///< "hostname:pid" of this rank, for messages
+  std::vector<std::string> hosts;  ///< of all ranks, for messages; may be empty
   /// By rank: equal texts are ranks that share a host. Empty: every rank has a host of its own.
   std::vector<std::string> places;
   /// Bits per second of the NIC of each rank's host, and of each standalone reducer's; empty: all

@@ -7,7 +7,6 @@
 #include <numeric>
 
 #include "collective/ring.h"
-#include "common/hexadecimal.h"
 #include "common/limits.h"
 #include "common/placement.h"
 #include "engine/describe.h"
@@ -97,9 +96,6 @@ std::vector<ShardMap> railsOf(const GroupConfig& config, const Routes& routes,
     rails.emplace_back(ownerWeights(way.algorithm, hosts), way.chunk_bytes, way.window_bytes);
   return rails;
 }
-
-// Below, one hop of all ranks' bytes takes less time than two levels.
-constexpr std::size_t kTwoLevelBytesMin = 256 << 10;
 
 }  // namespace
 
@@ -200,10 +196,14 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
       info.seq = seq;
       info.started = transport_.now();
       info.options = std::move(options);
-      info.done = [weak = weak_from_this(), id, user = std::move(done)](const Status& result) {
+      info.done = [weak = weak_from_this(), id, call,
+                   user = std::move(done)](const Status& result) {
         if (const auto self = weak.lock()) {
           const std::lock_guard state_lock(self->mutex_);
           self->operations_.erase(id);
+          if (result.ok() && id.first == wire::kCollectiveLane) {
+            self->finished_.learn({id.second + 1, call});
+          }
         }
         user(result);
       };
@@ -289,17 +289,6 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
          });
 }
 
-// ------------------------------------------------------------------ two levels
-
-const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes,
-                                  bool owned) const {
-  if (rails_.empty()) return nullptr;
-  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
-  if (nbytes < std::min(kTwoLevelBytesMin, segmentBytes(placement_, chunk_bytes))) return nullptr;
-  if (owned && ownedSegmentBytes(placement_, chunk_bytes) == 0) return nullptr;
-  return &rails_[route.map];
-}
-
 void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
                              std::vector<Strip> strips, CallOptions options, Done done) {
   launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
@@ -323,35 +312,6 @@ void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
            }
            return levels->cursors(routes_.coordinator(seq));
          });
-}
-
-std::shared_ptr<HostStage> GroupState::makeStage() {
-  const Rank host = placement_.hostOf(config_.rank);
-  const std::span<const Rank> ranks = placement_.ranksOf(host);
-  HostStage::Config stage;
-  stage.meeting = "levels/" + hexadecimal(config_.job) + "/" + std::to_string(host);
-  stage.place = static_cast<std::uint32_t>(std::find(ranks.begin(), ranks.end(), config_.rank) -
-                                           ranks.begin());
-  stage.ranks.assign(ranks.begin(), ranks.end());
-  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
-  stage.segment_bytes =
-      std::max(segmentBytes(placement_, chunk_bytes), ownedSegmentBytes(placement_, chunk_bytes));
-  stage.fail = [weak = weak_from_this()](const std::shared_ptr<Operation>& operation,
-                                         const Status& why) {
-    if (const auto self = weak.lock()) self->fail(operation, why);
-  };
-  stage.lost = [weak = weak_from_this()](const Status& why) {
-    if (const auto self = weak.lock()) self->abort(why);
-  };
-  stage.pump = [weak = weak_from_this()](const std::vector<OwnerIndex>& owners) {
-    if (const auto self = weak.lock()) self->pump(owners);
-  };
-  return std::make_shared<HostStage>(std::move(stage));
-}
-
-std::shared_ptr<HostStage> GroupState::stage() {
-  const std::lock_guard lock(mutex_);
-  return stage_;
 }
 
 // ------------------------------------------------------------------ receives from any rank
@@ -446,14 +406,17 @@ void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status&
   }
 }
 
-void GroupState::onOperationError(const wire::SlotId& slot, const Status& status) {
+void GroupState::onOperationError(const wire::SlotId& slot, const Status& status, Rank lost) {
   std::shared_ptr<Operation> operation;
   {
     const std::lock_guard lock(mutex_);
     const auto found = operations_.find({wire::operationLane(slot.lane), slot.seq});
     if (found != operations_.end()) operation = found->second.lock();
   }
-  if (operation) fail(operation, status);
+  if (!operation) return;
+  fail(operation,
+       lost < 0 ? status
+                : Status(status.code(), status.message() + engine::describeJoined(joined(lost))));
 }
 
 void GroupState::onLeft(Rank rank) {
@@ -491,6 +454,12 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
                                                      links_[owner]->hasLeft()));
     }
     return;
+  }
+  if (reason.code() == Code::kUnavailable && links_[owner]->wasConnected()) {
+    const auto rank = static_cast<Rank>(owner);  // one that can be replaced was dealt with
+    return loseWorker(
+        rank, nameOf(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
+        {});
   }
   const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
   abort(Status(reason.code(), told ? name + " is gone: " + reason.message() : reason.message()));
@@ -534,13 +503,13 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
 
 void GroupState::tick(TimePoint now) {
   std::vector<Receives::Request> late;
-  Status lost;
+  WorkerLost lost;
   {
     const std::lock_guard lock(mutex_);
     late = receives_.late(now);
-    if (!worker_lost_.ok() && now - worker_lost_at_ >= kLostGrace) lost = worker_lost_;
+    if (broken_.ok() && now - worker_lost_.at >= kLostGrace) lost = worker_lost_;
   }
-  if (!lost.ok()) abort(lost);
+  if (lost.rank != kAllRanks) loseWorker(lost.rank, lost.text, lost.joined);
   for (const Receives::Request& request : late) request.fail(Status());
   for (const auto& operation : operations()) {
     const auto& info = operation->info();

@@ -20,6 +20,7 @@
 #include "collective/receives.h"
 #include "collective/routes.h"
 #include "common/placement.h"
+#include "engine/describe.h"
 
 namespace reducer::collective {
 
@@ -35,6 +36,10 @@ class GroupState final : public LinkEvents,
   /// Told what is said of a rank that has left in good order, once or more. To be set before
   /// start().
   void whenLeft(std::function<void(const std::string&)> told) { when_left_ = std::move(told); }
+
+  /// Asked for the last collective that a rank has joined in another way than over links. To be set
+  /// before start().
+  void joinedBy(std::function<engine::Joined(Rank)> asked) { joined_by_ = std::move(asked); }
 
   /// Connects to the owners and starts the clock. Once, right after construction.
   void start();
@@ -63,7 +68,8 @@ class GroupState final : public LinkEvents,
   void runTwoLevel(const wire::Call& call, const ShardMap& rails, std::vector<Strip> strips,
                    CallOptions options, Done done);
 
-  void onOperationError(const wire::SlotId& slot, const Status& status) override;
+  void onOperationError(const wire::SlotId& slot, const Status& status, Rank lost) override;
+  void onLate(const wire::Frame& frame) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
   void onLeft(Rank rank) override;
@@ -124,6 +130,13 @@ class GroupState final : public LinkEvents,
   void warnLost(const std::vector<OwnerIndex>& lost, std::size_t left,
                 const std::string& why) const;
 
+  // A worker is lost (worker_loss.cc). Without the lock.
+  std::string nameOf(Rank rank) const;
+  /// The last collective that a rank has joined, as far as is known here.
+  engine::Joined joined(Rank rank);
+  /// Ends the group. `what`: "rank 2 (c:97) of group 'default' was lost (...)".
+  void loseWorker(Rank rank, const std::string& what, engine::Joined told);
+
   /// Of an operation that starts now. Called with the lock held.
   std::uint64_t nextNumber(std::uint64_t lane);
   /// Called with the lock held; its result is to be started without.
@@ -147,8 +160,14 @@ class GroupState final : public LinkEvents,
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
-  Status worker_lost_;  // as rank 0's reducer says
-  TimePoint worker_lost_at_;
+  struct WorkerLost {
+    Rank rank = kAllRanks;
+    std::string text;
+    engine::Joined joined;
+    TimePoint at;
+  };
+  WorkerLost worker_lost_;               // as rank 0's reducer says
+  engine::Joined finished_;              // the last collective that was done, and so joined by all
   std::vector<char> lost_;               // by OwnerIndex
   std::atomic<std::uint32_t> epoch_{0};  // how many of them
   std::shared_ptr<HostStage> stage_;     // since the first operation that needs it
@@ -157,6 +176,7 @@ class GroupState final : public LinkEvents,
   Status broken_;
   std::function<void(const Status&)> when_broken_;
   std::function<void(const std::string&)> when_left_;
+  std::function<engine::Joined(Rank)> joined_by_;
   std::condition_variable link_closed_;
   std::unique_ptr<transport::Timer> ticker_;
 };

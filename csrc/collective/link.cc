@@ -234,6 +234,9 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       if (config_.owner != 0) break;  // rank 0's reducer alone keeps the list
       if (const auto events = events_.lock()) events->onEpoch(frame);
       break;
+    case wire::FrameKind::kLate:
+      if (const auto events = events_.lock()) events->onLate(frame);
+      break;
     case wire::FrameKind::kLeft:
       if (const auto events = events_.lock()) events->onLeft(frame.pusher);
       break;
@@ -320,7 +323,7 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   if (!awaited.operation) {
     // Cancelled: only its place in the window was waited for.
   } else if (!wrong.ok()) {
-    if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong);
+    if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong, kAllRanks);
   } else if (!awaited.operation->finished()) {
     awaited.operation->accept(awaited.piece, payload);
   }
@@ -340,7 +343,9 @@ void Link::onError(const wire::Frame& frame) {
     const std::lock_guard lock(mutex_);
     takeAnswered(frame.slot, awaited);
   }
-  if (const auto events = events_.lock()) events->onOperationError(frame.slot, status);
+  if (const auto events = events_.lock()) {
+    events->onOperationError(frame.slot, status, frame.pusher);
+  }
   awaited.operation.reset();
   pump(std::numeric_limits<std::size_t>::max());
 }

@@ -307,6 +307,10 @@ std::shared_ptr<Group> makeLocalGroup(std::shared_ptr<Group> network,
   state->whenBroken([weak = std::weak_ptr(operations)](const Status& why) {
     if (const auto alive = weak.lock()) alive->breakWith(why);
   });
+  state->joinedBy([weak = std::weak_ptr(operations)](Rank rank) {
+    const auto alive = weak.lock();
+    return alive ? alive->joined(rank) : engine::Joined();
+  });
   state->whenLeft([weak = std::weak_ptr(operations)](const std::string& who) {
     if (const auto alive = weak.lock()) alive->left(who);
   });

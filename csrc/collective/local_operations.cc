@@ -44,6 +44,13 @@ wire::Call callOf(const local::CallWords& words) {
   return call;
 }
 
+std::vector<std::string> namesOf(const local::Team& team,
+                                 const std::vector<std::uint32_t>& places) {
+  std::vector<std::string> names;
+  for (const std::uint32_t place : places) names.push_back(team.name(place));
+  return names;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------ one operation
@@ -54,6 +61,7 @@ LocalOperation::LocalOperation(std::shared_ptr<LocalOperations> owner, const Loc
       timeout(options.timeout),
       owner_(std::move(owner)),
       deadline_(started_ + std::min<Duration>(timeout, kLongest)),
+      late_at_(started_ + (deadline_ - started_) / 3),
       options_(std::move(options)),
       done_(std::move(done)) {}
 
@@ -115,41 +123,73 @@ Status LocalOperation::look(TimePoint now, bool slept) {
   }
   if (now >= deadline_) return tooLate(now);
   const local::Team& team = owner_->team();
-  const auto lacks = [&](const std::string& who) {
-    return Status(Code::kUnavailable, engine::nameCollective(owner_->config().name, number) + ", " +
-                                          engine::describe(call.shown) + ": " + who);
-  };
+  if (now >= late_at_) warnOfLate(now);
   if (!team.attached()) {
     const std::string who = owner_->whoLeft();
-    return who.empty() ? Status() : lacks(who);
+    return who.empty() ? Status() : Status(Code::kUnavailable, title() + ": " + who);
   }
   if (!slept) return {};
-  if (const auto gone = team.gone()) return lacks(gone->text + " before it joined in");
+  if (const auto gone = team.gone()) return lacks(*gone);
   return differs(now);
 }
 
-Status LocalOperation::tooLate(TimePoint now) const {
+std::string LocalOperation::title() const {
+  return engine::nameCollective(owner_->config().name, number) + ", " +
+         engine::describe(call.shown);
+}
+
+Status LocalOperation::lacks(const local::Team::Gone& gone) const {
+  const bool joined = owner_->exchange().callOf(gone.place, number).has_value();
+  std::string text = title() + ": " + gone.text + (joined ? " in it" : " before it joined in");
+  if (gone.died) {
+    text += engine::describeJoined(owner_->joined(owner_->team().rankAt(gone.place)));
+  }
+  return Status(Code::kUnavailable, text);
+}
+
+LocalOperation::Presence LocalOperation::presence() const {
   const local::Team& team = owner_->team();
-  std::vector<std::string> missing;
-  std::vector<std::string> here;
   const std::vector<std::uint32_t> unmet =
       team.attached() ? std::vector<std::uint32_t>() : team.missing();
+  Presence presence;
   for (std::uint32_t place = 0; place < team.size(); ++place) {
     const bool absent = team.attached()
                             ? !owner_->exchange().callOf(place, number)
                             : std::find(unmet.begin(), unmet.end(), place) != unmet.end();
-    (absent ? missing : here).push_back(team.name(place));
+    (absent ? presence.missing : presence.here).push_back(place);
   }
-  const std::string operation = engine::nameCollective(owner_->config().name, number);
-  if (missing.empty()) {
-    return Status(Code::kTimeout, operation + ", " + engine::describe(call.shown) +
-                                      ": timeout after " + engine::seconds(now - started_) +
+  return presence;
+}
+
+/// The lowest rank that is here says who is not. (Before the ranks have met they know of place 0
+/// alone whether it is there.)
+void LocalOperation::warnOfLate(TimePoint now) {
+  late_at_ = TimePoint::max();
+  const local::Team& team = owner_->team();
+  const Presence presence = this->presence();
+  if (presence.missing.empty() || presence.here.front() != team.place() ||
+      !owner_->config().settings.warns) {
+    return;
+  }
+  const std::string text =
+      engine::describeLate(engine::nameCollective(owner_->config().name, number), call.shown,
+                           now - started_, deadline_ - started_, namesOf(team, presence.missing));
+  std::fprintf(stderr, "reducer: warning: %s\n", text.c_str());
+}
+
+Status LocalOperation::tooLate(TimePoint now) const {
+  const local::Team& team = owner_->team();
+  const Presence presence = this->presence();
+  if (presence.missing.empty()) {
+    return Status(Code::kTimeout, title() + ": timeout after " + engine::seconds(now - started_) +
                                       ": all ranks are there, but one stopped on the way");
   }
+  const std::string operation = engine::nameCollective(owner_->config().name, number);
   const std::string trouble = team.attached() ? "" : team.trouble();
-  return Status(Code::kTimeout,
-                engine::describeWait(operation, call.shown, now - started_, missing, here) +
-                    (trouble.empty() ? "" : "; on this rank " + trouble));
+  return Status(Code::kTimeout, engine::describeWait(operation, call.shown, now - started_,
+                                                     namesOf(team, presence.missing),
+                                                     namesOf(team, presence.here)) +
+                                    (trouble.empty() ? "" : "; on this rank " + trouble));
 }
 
 /// Those who wait say soon that their calls differ, even if a rank never comes.
@@ -395,6 +435,13 @@ void LocalOperations::join() {
     thread = std::move(thread_);
   }
   thread.join();
+}
+
+engine::Joined LocalOperations::joined(Rank rank) const {
+  if (!team_.attached()) return {};
+  const auto last = exchange_.lastOf(static_cast<std::uint32_t>(rank));  // all ranks are places
+  return last ? engine::Joined{std::uint64_t{last->number} + 1, callOf(last->call)}
+              : engine::Joined();
 }
 
 std::uint64_t LocalOperations::sequence() {

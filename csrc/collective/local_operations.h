@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "collective/group.h"
+#include "engine/describe.h"
 #include "local/exchange.h"
 #include "local/team.h"
 #include "wire/frame.h"
@@ -60,12 +61,22 @@ class LocalOperation final : public local::Watch {
  private:
   enum class State { kWaiting, kRunning, kEnded };
 
+  std::string title() const;
   Status tooLate(TimePoint now) const;
+  Status lacks(const local::Team::Gone& gone) const;
+  /// Places that have not come to this operation, and those that have, as far as is known.
+  struct Presence {
+    std::vector<std::uint32_t> missing;
+    std::vector<std::uint32_t> here;
+  };
+  Presence presence() const;
+  void warnOfLate(TimePoint now);
   Status differs(TimePoint now);
 
   const std::shared_ptr<LocalOperations> owner_;
   const TimePoint started_ = Clock::now();
   const TimePoint deadline_;
+  TimePoint late_at_;
   TimePoint differs_since_ = TimePoint::max();
   std::mutex mutex_;
   CallOptions options_;
@@ -100,6 +111,9 @@ class LocalOperations final : public std::enable_shared_from_this<LocalOperation
   std::string whoLeft();
   /// Waits for the thread, unless this is it.
   void join();
+
+  /// The last collective that a rank has joined here.
+  engine::Joined joined(Rank rank) const;
 
   std::uint64_t sequence();
   GroupCounters counters();

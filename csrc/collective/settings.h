@@ -90,6 +90,7 @@ struct Settings {
       0;  ///< most chunk bytes outstanding per worker, over all owners; 0: default
   std::chrono::milliseconds connect_timeout{60'000};
   bool checksum = false;  ///< CRC32C of every payload
+  bool warns = true;      ///< on stderr, of what the user should know and no error says
 
   /// Takes what parseRanges() read.
   void choose(std::vector<SizeRange> by_size);

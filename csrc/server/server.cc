@@ -262,10 +262,21 @@ void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
     news.kind = wire::FrameKind::kEpoch;
     news.epoch = static_cast<std::uint32_t>(record.lost.size());
     news.owners = {static_cast<std::uint32_t>(hello.rank)};
-    news.text = who + " of group '" + hello.group + "' was lost (" + why.message() +
-                "); make a new group without it, or restart it";
+    news.text = who + " of group '" + hello.group + "' was lost (" + why.message() + ")";
   }
+  const engine::Joined last = joined(hello.job, hello.rank);
+  news.slot.seq = last.next;
+  news.call = last.call;
   for (const auto& session : sessionsOf(hello.job)) session->send(news);
+}
+
+engine::Joined ServerState::joined(const std::string& job, Rank rank) const {
+  engine::Joined joined;
+  for (const auto& shard : shards) {
+    const std::lock_guard lock(shard->mutex);
+    joined.learn(shard->engine.joined(job, rank));
+  }
+  return joined;
 }
 
 void ServerState::evict(TimePoint now) {
@@ -407,6 +418,10 @@ ServerStats ReducerServer::stats() const {
                             static_cast<std::int32_t>(record.ranks.size()), record.reserved_bytes});
   }
   return stats;
+}
+
+engine::Joined ReducerServer::joined(const std::string& job, Rank rank) const {
+  return state_->joined(job, rank);
 }
 
 void ReducerServer::drain() {

@@ -63,6 +63,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   void lose(const wire::Hello& hello, const wire::Frame& frame);
   /// A worker is lost: the others of its group are told, or have to leave this reducer.
   void loseWorker(const wire::Hello& hello, const Status& why);
+  engine::Joined joined(const std::string& job, Rank rank) const;
   void evict(TimePoint now);
   std::vector<std::shared_ptr<Session>> sessionsOf(const std::string& job);
   static wire::Frame newsOf(const GroupRecord& record);

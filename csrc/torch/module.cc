@@ -78,12 +78,12 @@ py::list explain(ReducerBackend& backend, std::uint64_t nbytes) {
 c10::intrusive_ptr<ReducerBackend> makeBackend(
     const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
     int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
-    std::vector<std::string> places, std::vector<std::uint64_t> worker_bandwidths,
-    std::vector<std::uint64_t> server_bandwidths,
+    std::vector<std::string> places, std::vector<std::string> hosts,
+    std::vector<std::uint64_t> worker_bandwidths, std::vector<std::uint64_t> server_bandwidths,
     const std::vector<collective::SampleTuple>& samples, bool measures,
     const std::string& algorithm, const std::string& transport, std::size_t chunk_bytes,
-    std::size_t window_bytes, bool checksum, Milliseconds connect_timeout, Milliseconds timeout,
-    std::vector<std::uint64_t> global_ranks) {
+    std::size_t window_bytes, bool checksum, bool warns, Milliseconds connect_timeout,
+    Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -100,12 +100,14 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.settings.samples = std::move(measured).value();
   config.settings.measures = measures;
   config.places = std::move(places);
+  config.hosts = std::move(hosts);
   config.worker_bandwidths = std::move(worker_bandwidths);
   config.server_bandwidths = std::move(server_bandwidths);
   config.settings.carrier = carrierOf(transport);
   config.settings.chunk_bytes = chunk_bytes;
   config.settings.window_bytes = window_bytes;
   config.settings.checksum = checksum;
+  config.settings.warns = warns;
   config.settings.connect_timeout = connect_timeout;
   Result<c10::intrusive_ptr<ReducerBackend>> backend = [&] {
     const py::gil_scoped_release without_gil;
@@ -180,11 +182,11 @@ PYBIND11_MODULE(_torch, m) {
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
-           py::arg("servers"), py::arg("places"), py::arg("worker_bandwidths"),
+           py::arg("servers"), py::arg("places"), py::arg("hosts"), py::arg("worker_bandwidths"),
            py::arg("server_bandwidths"), py::arg("samples"), py::arg("measures"),
            py::arg("algorithm"), py::arg("transport"), py::arg("chunk_bytes"),
-           py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
-           py::arg("timeout"), py::arg("global_ranks"))
+           py::arg("window_bytes"), py::arg("checksum"), py::arg("warns"),
+           py::arg("connect_timeout"), py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly(
           "algorithm",

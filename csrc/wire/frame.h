@@ -30,9 +30,12 @@ enum class FrameKind : std::uint8_t {
                  ///< left the group in good order
   // How a lost reducer is replaced: docs/protocol.md.
   kLost = 10,   ///< worker -> rank 0's reducer: `owners` are lost to this rank
-  kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch
+  kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch; or a
+                ///< worker is, whose last known collective is `call`, and its number + 1 slot.seq
   kSettled =
-      12,  ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
+      12,      ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
+  kLate = 13,  ///< reducer -> worker: `text` says who is missing from a slot for long; rank
+               ///< `pusher` is to say it aloud
 };
 
 /// Which slot of a group a frame belongs to.
@@ -80,7 +83,8 @@ struct Frame {
   std::uint32_t epoch = 0;  ///< how many owners the sender knows to be lost; kResult: `acked`'s
   SlotId slot;
   Call call;
-  Rank pusher = kAllRanks;       ///< the one rank that pushes, a rail, or kAllRanks
+  /// The one rank that pushes, a rail, or kAllRanks. kError: the rank whose death is the reason.
+  Rank pusher = kAllRanks;
   Rank puller = kAllRanks;       ///< the one rank that pulls, a rail, or kAllRanks
   std::uint64_t offset = 0;      ///< bytes, within the operation's transfer
   std::uint64_t length = 0;      ///< bytes of this chunk (payload size where there is a payload)
@@ -96,7 +100,7 @@ struct Frame {
   bool again = false;
   std::vector<std::uint32_t> owners;  ///< kLost, kEpoch: indexes of owners, rising
   Code code = Code::kOk;              ///< kError, kCancel
-  std::string text;                   ///< kError, kCancel: the message
+  std::string text;                   ///< kError, kCancel, kLate: the message
   Hello hello;                        ///< kHello; kWelcome: version, and host = the reducer's
   bool operator==(const Frame&) const = default;
 };

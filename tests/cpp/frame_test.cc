@@ -225,7 +225,7 @@ TEST(Frame, RefusesWhatIsNoMessage) {
   expectRefused(raw({0x08, 8}), "kind 8 is not known");
   expectRefused(raw({0x08, 7, 0x08, 7}), "field 1 comes twice (byte 3)");
   expectRefused(raw({0x08, 9}), "kind 9 is not known");
-  expectRefused(raw({0x08, 13}), "kind 13 is not known");
+  expectRefused(raw({0x08, 14}), "kind 14 is not known");
   expectRefused(raw({0x08, 10}), "lost owners, but none is named");
   expectRefused(raw({0x08, 7, 0xC2, 1, 1, 3}), "owners in a frame that has none (kind 7)");
   expectRefused(raw({0x08, 11, 0xC2, 1, 0}), "a list of no owners");
