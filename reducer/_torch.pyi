@@ -12,7 +12,17 @@ Sample = tuple[str, int, int, int, int, int, int, int]
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
 
-    def __init__(self, bind_host: str, congestion_control: str, transport: str) -> None:
+    def __init__(
+        self,
+        *,
+        bind_host: str,
+        congestion_control: str,
+        transport: str,
+        recorder_entries: int,
+        recorder_dir: str,
+        recorder_signal: int,
+        warns: bool,
+    ) -> None:
         """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
 
     @property

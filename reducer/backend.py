@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from reducer import _core, errors, tuning
-from reducer.options import Options, Settings, resolve
+from reducer.options import Options, Settings, resolve, signal_number
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -117,6 +117,10 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
             bind_host=_bind_host(place, settings),
             congestion_control=settings.congestion_control,
             transport=settings.transport,
+            recorder_entries=settings.recorder_entries,
+            recorder_dir=settings.recorder_dir,
+            recorder_signal=signal_number(settings.recorder_signal),
+            warns=_warns(settings),
         )
     except errors.ReducerError as error:
         _publish_failure(place, error)
@@ -147,7 +151,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
-        warns=settings.log not in ("off", "error"),
+        warns=_warns(settings),
         connect_timeout=settings.connect_timeout,
         timeout=place.timeout,
         global_ranks=list(options.global_ranks_in_group) or list(range(place.world_size)),
@@ -184,6 +188,11 @@ def _ground(settings: Settings, verdict: dict[str, Any]) -> tuning.Ground:
         "servers": verdict["server_bandwidths"],
     }
     return tuning.Ground.of(verdict["places"], verdict["servers"], conditions)
+
+
+def _warns(settings: Settings) -> bool:
+    """Whether the native code may write warnings, for which it must not wait for Python's loggers."""
+    return settings.log not in ("off", "error")
 
 
 def _set_log_level(level: str) -> None:

@@ -18,6 +18,7 @@
 #include "common/clock.h"
 #include "common/status.h"
 #include "common/types.h"
+#include "recorder/recorder.h"
 #include "server/server.h"
 #include "transport/transport.h"
 
@@ -41,6 +42,7 @@ struct GroupConfig {
   std::vector<std::uint64_t> worker_bandwidths;
   std::vector<std::uint64_t> server_bandwidths;
   Settings settings;
+  recorder::Recorder* recorder = nullptr;  ///< null: nothing is recorded. Must outlive the group
 };
 
 /// Ends the operations of one call before their time. Thread safety: every method, from any thread.

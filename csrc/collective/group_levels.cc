@@ -43,7 +43,7 @@ std::shared_ptr<HostStage> GroupState::makeStage() {
     const auto self = weak.lock();
     if (!self) return;
     self->loseWorker(rank,
-                     self->nameOf(rank) + " of group '" + self->config_.name +
+                     self->nameOfRank(rank) + " of group '" + self->config_.name +
                          "' was lost (its process, on this host, has ended)",
                      {});
   };

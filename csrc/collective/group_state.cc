@@ -102,6 +102,7 @@ std::vector<ShardMap> railsOf(const GroupConfig& config, const Routes& routes,
 GroupState::GroupState(GroupConfig config, transport::Transport& transport,
                        server::ReducerServer& local)
     : config_(std::move(config)),
+      recorded_(enroll(config_)),
       transport_(transport),
       local_(local),
       placement_(Placement::fromPlaces(config_.places, config_.world_size)),
@@ -195,6 +196,9 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
       info.lane = lane;
       info.seq = seq;
       info.started = transport_.now();
+      info.recorder = config_.recorder;
+      info.group = recorded_;
+      if (info.recorder != nullptr) info.way = wayOf(call, lane, options);
       info.options = std::move(options);
       info.done = [weak = weak_from_this(), id, call,
                    user = std::move(done)](const Status& result) {
@@ -295,6 +299,7 @@ void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const std::uint64_t seq = info.seq;
            TwoLevel::Shape shape;
+           info.two_levels = true;
            shape.placement = &placement_;
            shape.rank = config_.rank;
            shape.rails = &rails;
@@ -343,12 +348,18 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
                                "': timeout after " + engine::seconds(timeout) +
                                ", nothing was sent; here is rank " + std::to_string(config_.rank) +
                                " (" + config_.host + ")";
+      const auto record = recordReceive(from, tag, call);
       Receives::Request request;
       request.from = from;
       request.deadline = transport_.now() + timeout;
-      request.start = std::move(start);
-      request.fail = [fail = std::move(fail), late](const Status& why) {
-        fail(why.ok() ? Status(Code::kTimeout, late) : why);
+      request.start = [record, start = std::move(start)](Rank sender, std::uint64_t seq) {
+        record->passedOn();
+        start(sender, seq);
+      };
+      request.fail = [record, fail = std::move(fail), late](const Status& why) {
+        const Status status = why.ok() ? Status(Code::kTimeout, late) : why;
+        record->ended(status);
+        fail(status);
       };
       id = receives_.add(tag, std::move(request));
       matches = matchReceives(tag);
@@ -395,6 +406,9 @@ std::vector<std::shared_ptr<Operation>> GroupState::operations() {
 }
 
 void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status& status) {
+  if (operation->record() && !operation->finished()) {
+    operation->record().waitedFor(waitsFor(operation->info().lane, operation->info().seq));
+  }
   if (!operation->fail(status)) return;
   if (const auto stage = this->stage(); stage && operation->info().lane == wire::kCollectiveLane) {
     stage->failed(operation->info().seq, status);
@@ -458,7 +472,7 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   if (reason.code() == Code::kUnavailable && links_[owner]->wasConnected()) {
     const auto rank = static_cast<Rank>(owner);  // one that can be replaced was dealt with
     return loseWorker(
-        rank, nameOf(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
+        rank, nameOfRank(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
         {});
   }
   const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
@@ -475,6 +489,7 @@ void GroupState::abort(const Status& reason) {
     unmatched = receives_.clear();
   }
   if (first && when_broken_) when_broken_(reason);
+  if (first && config_.recorder != nullptr) config_.recorder->trouble(recorded_, reason);
   for (const Receives::Request& request : unmatched) request.fail(reason);
   for (const auto& operation : operations()) fail(operation, reason);
 }

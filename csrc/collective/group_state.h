@@ -27,9 +27,11 @@ namespace reducer::collective {
 /// Thread safety: every method, from any thread.
 class GroupState final : public LinkEvents,
                          public Links,
+                         public recorder::Source,
                          public std::enable_shared_from_this<GroupState> {
  public:
   GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local);
+  ~GroupState() override;
 
   /// Told once, when nothing more can work in this group, and why. To be set before start().
   void whenBroken(std::function<void(const Status&)> told) { when_broken_ = std::move(told); }
@@ -76,6 +78,11 @@ class GroupState final : public LinkEvents,
   void onEpoch(const wire::Frame& frame) override;
   void onLinkClosed() override;
 
+  std::uint64_t called() override { return sequence_; }
+  std::vector<std::string> waitsFor(std::uint64_t lane, std::uint64_t seq) override;
+  /// In the flight recorder.
+  std::uint32_t recorded() const { return recorded_; }
+
   void pump(const std::vector<OwnerIndex>& owners) override;
   TimePoint now() const override { return transport_.now(); }
 
@@ -102,6 +109,7 @@ class GroupState final : public LinkEvents,
   using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
   using Queued = std::vector<std::pair<OwnerIndex, Cursor>>;
 
+  static std::uint32_t enroll(const GroupConfig& config);
   std::shared_ptr<Link> makeLink(OwnerIndex owner, const std::string& settings_text);
   std::shared_ptr<HostStage> makeStage();
   std::shared_ptr<HostStage> stage();
@@ -131,11 +139,18 @@ class GroupState final : public LinkEvents,
                 const std::string& why) const;
 
   // A worker is lost (worker_loss.cc). Without the lock.
-  std::string nameOf(Rank rank) const;
+  std::string nameOfRank(Rank rank) const;
   /// The last collective that a rank has joined, as far as is known here.
   engine::Joined joined(Rank rank);
   /// Ends the group. `what`: "rank 2 (c:97) of group 'default' was lost (...)".
   void loseWorker(Rank rank, const std::string& what, engine::Joined told);
+
+  /// For the flight recorder (recording.cc): how a call goes.
+  std::string_view wayOf(const wire::Call& call, std::uint64_t lane,
+                         const CallOptions& options) const;
+  /// A receive that waits to learn who sends, or behind one that does.
+  std::shared_ptr<recorder::Record> recordReceive(Rank from, std::uint32_t tag,
+                                                  const wire::Call& call);
 
   /// Of an operation that starts now. Called with the lock held.
   std::uint64_t nextNumber(std::uint64_t lane);
@@ -147,6 +162,7 @@ class GroupState final : public LinkEvents,
   std::vector<std::shared_ptr<Operation>> operations();
 
   const GroupConfig config_;
+  const std::uint32_t recorded_;
   transport::Transport& transport_;
   server::ReducerServer& local_;
   const Placement placement_;

@@ -130,6 +130,7 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
     const std::size_t before = moves ? inFlightBefore(queue, key) : queue.outstanding_bytes;
     if (before > 0 && before + cost > window) continue;
     awaited.operation = cursor.operation;
+    awaited.operation->record().started();
     awaited.cost = cost;
     awaited.key = key;
     payload = std::move(piece.payload);
@@ -325,6 +326,7 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   } else if (!wrong.ok()) {
     if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong, kAllRanks);
   } else if (!awaited.operation->finished()) {
+    awaited.operation->record().answered();
     awaited.operation->accept(awaited.piece, payload);
   }
   awaited.operation.reset();

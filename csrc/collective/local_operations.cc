@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "collective/group_state.h"
 #include "common/hexadecimal.h"
 #include "engine/describe.h"
+#include "wire/lane.h"
 
 namespace reducer::collective {
 namespace {
@@ -69,13 +71,31 @@ bool LocalOperation::begin() {
   const std::lock_guard lock(mutex_);
   if (state_ != State::kWaiting) return false;
   state_ = State::kRunning;
+  record_->started();
   return true;
+}
+
+void LocalOperation::enterRecord(recorder::Recorder* recorder, std::uint32_t group, bool here) {
+  record_.emplace(recorder, here, [&] {
+    recorder::Entry entry;
+    entry.group = group;
+    entry.seq = number;
+    entry.call = call.shown;
+    entry.algorithm = nameOf(Algorithm::kLocal);
+    entry.queued = started_;
+    if (here) {
+      entry.started = started_;
+      entry.state = recorder::State::kStarted;
+    }
+    return entry;
+  });
 }
 
 std::optional<std::pair<CallOptions, Done>> LocalOperation::release() {
   const std::lock_guard lock(mutex_);
   if (state_ == State::kEnded) return std::nullopt;
   state_ = State::kEnded;
+  if (record_) record_->passedOn();
   return std::pair(std::move(options_), std::move(done_));
 }
 
@@ -99,6 +119,7 @@ void LocalOperation::end(const Status& status) {
     done = std::move(done_);
     options = std::move(options_);
   }
+  if (record_) record_->ended(status);
   done(status);
 }
 
@@ -138,8 +159,9 @@ std::string LocalOperation::title() const {
          engine::describe(call.shown);
 }
 
-Status LocalOperation::lacks(const local::Team::Gone& gone) const {
+Status LocalOperation::lacks(const local::Team::Gone& gone) {
   const bool joined = owner_->exchange().callOf(gone.place, number).has_value();
+  record_->waitedFor({owner_->team().name(gone.place)});
   std::string text = title() + ": " + gone.text + (joined ? " in it" : " before it joined in");
   if (gone.died) {
     text += engine::describeJoined(owner_->joined(owner_->team().rankAt(gone.place)));
@@ -167,23 +189,23 @@ void LocalOperation::warnOfLate(TimePoint now) {
   late_at_ = TimePoint::max();
   const local::Team& team = owner_->team();
   const Presence presence = this->presence();
-  if (presence.missing.empty() || presence.here.front() != team.place() ||
-      !owner_->config().settings.warns) {
-    return;
-  }
+  if (presence.missing.empty()) return;
   const std::string text =
       engine::describeLate(engine::nameCollective(owner_->config().name, number), call.shown,
                            now - started_, deadline_ - started_, namesOf(team, presence.missing));
+  record_->late(text);
+  if (presence.here.front() != team.place() || !owner_->config().settings.warns) return;
   std::fprintf(stderr, "reducer: warning: %s\n", text.c_str());
 }
 
-Status LocalOperation::tooLate(TimePoint now) const {
+Status LocalOperation::tooLate(TimePoint now) {
   const local::Team& team = owner_->team();
   const Presence presence = this->presence();
   if (presence.missing.empty()) {
     return Status(Code::kTimeout, title() + ": timeout after " + engine::seconds(now - started_) +
                                       ": all ranks are there, but one stopped on the way");
   }
+  record_->waitedFor(namesOf(team, presence.missing));
   const std::string operation = engine::nameCollective(owner_->config().name, number);
   const std::string trouble = team.attached() ? "" : team.trouble();
   return Status(Code::kTimeout, engine::describeWait(operation, call.shown, now - started_,
@@ -214,14 +236,15 @@ Status LocalOperation::differs(TimePoint now) {
 
 // ------------------------------------------------------------------ all of them
 
-LocalOperations::LocalOperations(const GroupConfig& config, std::shared_ptr<Group> network,
-                                 std::function<void(const Status&)> end_network)
-    : config_(config),
+LocalOperations::LocalOperations(const std::shared_ptr<GroupState>& state,
+                                 std::shared_ptr<Group> network)
+    : config_(state->config()),
+      recorded_(state->recorded()),
       pid_(getpid()),
       network_(std::move(network)),
-      end_network_(std::move(end_network)),
-      layout_(local::Exchange::Layout::of(config.world_size, config.settings.chunk_bytes)),
-      team_(teamOf(config, layout_.areaBytes())),
+      state_(state),
+      layout_(local::Exchange::Layout::of(config_.world_size, config_.settings.chunk_bytes)),
+      team_(teamOf(config_, layout_.areaBytes())),
       exchange_(team_, layout_) {}
 
 LocalOperations::~LocalOperations() {
@@ -243,9 +266,11 @@ LocalOperations::Way LocalOperations::admit(LocalOperation& operation, bool bloc
   if (on_network_) return Way::kNetwork;
   operation.number = static_cast<std::uint32_t>(next_++);
   operation.tellNumber();
+  const bool here = blocking && !busy_ && queue_.empty() && team_.attached();
+  operation.enterRecord(config_.recorder, recorded_, here);
   counters_.pushed_bytes += operation.call.in_bytes;
   counters_.pulled_bytes += operation.call.out_bytes;
-  if (!blocking || busy_ || !queue_.empty() || !team_.attached()) return Way::kQueue;
+  if (!here) return Way::kQueue;
   busy_ = true;
   return Way::kHere;
 }
@@ -317,7 +342,8 @@ void LocalOperations::perform(const std::shared_ptr<LocalOperation>& operation, 
     if (const auto gone = team_.gone(); gone && gone->died) {
       operation->end(status);
       breakWith(status);
-      return end_network_(status);
+      if (const auto state = state_.lock()) state->abort(status);
+      return;
     }
   }
   operation->end(status);
@@ -435,6 +461,23 @@ void LocalOperations::join() {
     thread = std::move(thread_);
   }
   thread.join();
+}
+
+std::vector<std::string> LocalOperations::waitsFor(std::uint64_t lane, std::uint64_t seq) {
+  std::shared_ptr<LocalOperation> current;
+  bool on_network = false;
+  {
+    const std::lock_guard lock(mutex_);
+    current = current_;
+    on_network = on_network_;
+  }
+  if (lane != wire::kCollectiveLane || on_network) {
+    const auto state = state_.lock();
+    return state ? state->waitsFor(lane, seq) : std::vector<std::string>();
+  }
+  // Before the ranks have met only the thread that meets them may ask who is there.
+  if (!current || current->number != seq || !team_.attached()) return {};
+  return namesOf(team_, current->presence().missing);
 }
 
 engine::Joined LocalOperations::joined(Rank rank) const {

@@ -6,7 +6,7 @@
 
 namespace reducer::collective {
 
-std::string GroupState::nameOf(Rank rank) const {
+std::string GroupState::nameOfRank(Rank rank) const {
   return engine::nameRank(rank,
                           config_.hosts.empty() ? config_.workers[rank] : config_.hosts[rank]);
 }
@@ -27,10 +27,14 @@ void GroupState::loseWorker(Rank rank, const std::string& what, engine::Joined t
 }
 
 void GroupState::onLate(const wire::Frame& frame) {
+  std::shared_ptr<Operation> operation;
   {
     const std::lock_guard lock(mutex_);
-    if (!operations_.contains({wire::operationLane(frame.slot.lane), frame.slot.seq})) return;
+    const auto found = operations_.find({wire::operationLane(frame.slot.lane), frame.slot.seq});
+    if (found != operations_.end()) operation = found->second.lock();
   }
+  if (!operation) return;
+  operation->record().late(frame.text);
   if (frame.pusher != config_.rank || !config_.settings.warns) return;
   std::fprintf(stderr, "reducer: warning: %s\n", frame.text.c_str());
 }

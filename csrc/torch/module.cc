@@ -30,11 +30,16 @@ collective::Carrier carrierOf(const std::string& name) {
 class RuntimeHold {
  public:
   RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
-              const std::string& transport) {
+              const std::string& transport, std::size_t recorder_entries,
+              const std::string& recorder_dir, int recorder_signal, bool warns) {
     runtime::RuntimeOptions options;
     options.carrier = carrierOf(transport);
     options.bind_host = bind_host;
     options.congestion_control = congestion_control;
+    options.recorder_entries = recorder_entries;
+    options.dumps.folder = recorder_dir;
+    options.dumps.signal = recorder_signal;
+    options.dumps.tells = warns;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
       const py::gil_scoped_release without_gil;
       return runtime::Runtime::acquire(options);
@@ -92,6 +97,7 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.workers = std::move(workers);
   config.servers = std::move(servers);
   config.host = runtime::hostLabel();
+  config.recorder = hold.runtime()->recorder();
   Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
@@ -150,8 +156,11 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&, const std::string&, const std::string&>(),
-           py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"))
+      .def(py::init<const std::string&, const std::string&, const std::string&, std::size_t,
+                    const std::string&, int, bool>(),
+           py::kw_only(), py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"),
+           py::arg("recorder_entries"), py::arg("recorder_dir"), py::arg("recorder_signal"),
+           py::arg("warns"))
       .def_property_readonly("address", &RuntimeHold::address);
 
   const auto copied = [](const ReducerOptions& options) {
