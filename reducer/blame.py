@@ -178,8 +178,11 @@ class _Case:
     # ------------------------------------------------------------ what can be wrong
 
     def _mismatch(self) -> Verdict | None:
-        """The first collective that the ranks called differently."""
+        """The first collective that the ranks called differently. (What all have gone beyond was told to them.)"""
+        last = min(view.called for view in self.views.values()) - 1
         for seq in self.numbers:
+            if seq < last:
+                continue
             calls = self._call_at(seq)
             by_text: dict[str, list[int]] = defaultdict(list)
             for rank, call in calls.items():
@@ -260,11 +263,14 @@ class _Case:
 
     def _pairs(self) -> Verdict | None:
         """A send or a receive whose other end has not come."""
-        for rank, view in sorted(self.views.items()):
-            for call in view.pairs:
-                if call.under_way:
-                    return self._pair(rank, call)
-        return None
+        found = [
+            (self._pair(rank, call), rank)
+            for rank, view in sorted(self.views.items())
+            for call in view.pairs
+            if call.under_way
+        ]
+        others = [verdict for verdict, rank in found if verdict.ranks != (rank,)]
+        return next(iter(others or [verdict for verdict, _ in found]), None)
 
     def _pair(self, rank: int, call: Call) -> Verdict:
         receives = call.to == rank

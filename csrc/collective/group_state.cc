@@ -472,7 +472,8 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
   if (reason.code() == Code::kUnavailable && links_[owner]->wasConnected()) {
     const auto rank = static_cast<Rank>(owner);  // one that can be replaced was dealt with
     return loseWorker(
-        rank, nameOfRank(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
+        rank,
+        nameOfRank(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
         {});
   }
   const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;

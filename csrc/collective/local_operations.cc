@@ -76,8 +76,7 @@ bool LocalOperation::begin() {
 }
 
 void LocalOperation::enterRecord(recorder::Recorder* recorder, std::uint32_t group, bool here) {
-  record_.emplace(recorder, here, [&] {
-    recorder::Entry entry;
+  record_.emplace(recorder, here, [&](recorder::Entry& entry) {
     entry.group = group;
     entry.seq = number;
     entry.call = call.shown;
@@ -87,7 +86,6 @@ void LocalOperation::enterRecord(recorder::Recorder* recorder, std::uint32_t gro
       entry.started = started_;
       entry.state = recorder::State::kStarted;
     }
-    return entry;
   });
 }
 

@@ -15,8 +15,7 @@ wire::Frame Operation::frame() const {
   return frame;
 }
 
-recorder::Entry Operation::entry() const {
-  recorder::Entry entry;
+void Operation::describe(recorder::Entry& entry) const {
   entry.group = info_.group;
   entry.two_levels = info_.two_levels;
   entry.lane = info_.lane;
@@ -24,7 +23,6 @@ recorder::Entry Operation::entry() const {
   entry.call = info_.call;
   entry.algorithm = info_.way;
   entry.queued = Clock::now();
-  return entry;
 }
 
 Exchange::Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Links> links)

@@ -51,7 +51,8 @@ class Operation : public std::enable_shared_from_this<Operation> {
   };
 
   explicit Operation(Info info)
-      : info_(std::move(info)), record_(info_.recorder, false, [this] { return entry(); }) {}
+      : info_(std::move(info)),
+        record_(info_.recorder, false, [this](recorder::Entry& entry) { describe(entry); }) {}
   virtual ~Operation() {
     if (finished_.exchange(true)) return;
     record_.ended(Status());
@@ -92,7 +93,7 @@ class Operation : public std::enable_shared_from_this<Operation> {
   wire::Frame frame() const;
 
  private:
-  recorder::Entry entry() const;
+  void describe(recorder::Entry& entry) const;
 
   Info info_;
   std::atomic<bool> finished_{false};

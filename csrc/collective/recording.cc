@@ -33,15 +33,13 @@ std::string_view GroupState::wayOf(const wire::Call& call, std::uint64_t lane,
 
 std::shared_ptr<recorder::Record> GroupState::recordReceive(Rank from, std::uint32_t tag,
                                                             const wire::Call& call) {
-  return std::make_shared<recorder::Record>(config_.recorder, false, [&] {
-    recorder::Entry entry;
+  return std::make_shared<recorder::Record>(config_.recorder, false, [&](recorder::Entry& entry) {
     entry.group = recorded_;
     entry.any_source = true;  // its number is not known, even where the sender is
     entry.lane = wire::pairLane(from == kAllRanks ? 0 : from, config_.rank, tag);
     entry.call = call;
     entry.algorithm = nameOf(Algorithm::kDirect);
     entry.queued = Clock::now();
-    return entry;
   });
 }
 

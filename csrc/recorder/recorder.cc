@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <thread>
 #include <utility>
 
 #include "common/hexadecimal.h"
@@ -95,40 +94,10 @@ std::string_view nameOf(State state) noexcept {
   return "?";
 }
 
-/// Held for some stores, or the copy of an entry.
-class Recorder::SlotLock {
- public:
-  explicit SlotLock(Slot& slot) : slot_(slot) {
-    while (slot_.locked.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
-  }
-  ~SlotLock() { slot_.locked.store(false, std::memory_order_release); }
-  SlotLock(const SlotLock&) = delete;
-  SlotLock& operator=(const SlotLock&) = delete;
-
- private:
-  Slot& slot_;
-};
-
 Recorder::Recorder(std::size_t entries)
     : size_(std::max<std::size_t>(1, entries)), slots_(std::make_unique<Slot[]>(size_)) {}
 
 // ------------------------------------------------------------------ entries
-
-std::uint64_t Recorder::begin(Entry entry) {
-  entry.number = next_.fetch_add(1, std::memory_order_relaxed);
-  Slot& slot = slots_[entry.number % size_];
-  const SlotLock lock(slot);
-  // Another thread may have come round the ring meanwhile.
-  if (slot.entry.number < entry.number) slot.entry = entry;
-  return entry.number;
-}
-
-template <class Change>
-void Recorder::change(std::uint64_t number, const Change& change) {
-  Slot& slot = slots_[number % size_];
-  const SlotLock lock(slot);
-  if (slot.entry.number == number) change(slot.entry);
-}
 
 template <class Change>
 void Recorder::changeTexts(std::uint64_t number, const Change& change) {

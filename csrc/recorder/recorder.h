@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "common/clock.h"
@@ -67,8 +68,8 @@ class Source {
 
 class Record;
 
-/// Keeps the last `entries` calls in memory: some 200 bytes each, taken at once, and the texts of
-/// those that failed. Each entry has a lock of its own, which nobody but a dump ever waits for.
+/// Keeps the last `entries` calls in memory: 128 bytes each, taken at once, and the texts of those
+/// that failed. Each entry has a lock of its own, which nobody but a dump ever waits for.
 ///
 /// Thread safety: every method, from any thread. Lifetime: beyond all groups and Records of it.
 class Recorder {
@@ -108,7 +109,20 @@ class Recorder {
     std::atomic<bool> locked{false};
     Entry entry;
   };
-  class SlotLock;
+  static_assert(sizeof(Slot) == 128);
+  /// Held for some stores, or the copy of an entry.
+  class SlotLock {
+   public:
+    explicit SlotLock(Slot& slot) : slot_(slot) {
+      while (slot_.locked.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
+    }
+    ~SlotLock() { slot_.locked.store(false, std::memory_order_release); }
+    SlotLock(const SlotLock&) = delete;
+    SlotLock& operator=(const SlotLock&) = delete;
+
+   private:
+    Slot& slot_;
+  };
   struct Group {
     GroupInfo info;
     std::weak_ptr<Source> source;
@@ -120,9 +134,27 @@ class Recorder {
     std::vector<std::string> waits_for;
   };
 
-  std::uint64_t begin(Entry entry);
+  Slot& slotOf(std::uint64_t number) const { return slots_[number % size_]; }
+  /// Takes a slot for a new entry, which `fill` makes in place. Its number.
+  template <class Fill>
+  std::uint64_t begin(const Fill& fill, std::uint32_t& group) {
+    const std::uint64_t number = next_.fetch_add(1, std::memory_order_relaxed);
+    Slot& slot = slotOf(number);
+    const SlotLock lock(slot);
+    // Another thread may have come round the ring meanwhile: what is lost then is this one.
+    if (slot.entry.number > number) return number;
+    slot.entry = Entry();
+    slot.entry.number = number;
+    fill(slot.entry);
+    group = slot.entry.group;
+    return number;
+  }
   template <class Change>
-  void change(std::uint64_t number, const Change& change);
+  void change(std::uint64_t number, const Change& change) {
+    Slot& slot = slotOf(number);
+    const SlotLock lock(slot);
+    if (slot.entry.number == number) change(slot.entry);
+  }
   template <class Change>
   void changeTexts(std::uint64_t number, const Change& change);
   std::vector<Entry> snapshot() const;
@@ -145,15 +177,12 @@ class Recorder {
 /// does nothing. Thread safety: every method, from any thread; not copied.
 class Record {
  public:
-  /// `makeEntry` gives the entry, but for its number; it is not called without a recorder.
-  /// `started`: so is the entry.
-  template <class Make>
-  Record(Recorder* recorder, bool started, const Make& makeEntry)
+  /// `fill(entry)` says what it is, within a lock; it is not called without a recorder. `started`:
+  /// so is the entry.
+  template <class Fill>
+  Record(Recorder* recorder, bool started, const Fill& fill)
       : recorder_(recorder), started_(started) {
-    if (recorder_ == nullptr) return;
-    const Entry entry = makeEntry();
-    group_ = entry.group;
-    number_ = recorder_->begin(entry);
+    if (recorder_ != nullptr) number_ = recorder_->begin(fill, group_);
   }
   Record(const Record&) = delete;
   Record& operator=(const Record&) = delete;
