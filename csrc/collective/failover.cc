@@ -138,7 +138,7 @@ void GroupState::onEpoch(const wire::Frame& frame) {
     }
   }
   if (lost.empty()) return;
-  if (config_.rank == 0) warnLost(lost, left, frame.text);
+  if (config_.rank == 0 && config_.settings.warns) warnLost(lost, left, frame.text);
   for (const Link::Taken& one : taken) one.leave();
   for (const auto& operation : orphans) {
     fail(operation, Status(Code::kUnavailable,

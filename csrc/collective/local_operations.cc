@@ -376,7 +376,7 @@ void LocalOperations::passOn(Item item) {
     item.operation->end(status);
     return breakWith(status);
   }
-  if (config_.rank == 0) {
+  if (config_.rank == 0 && config_.settings.warns) {
     std::fprintf(stderr,
                  "reducer: warning: group '%s': the ranks of this host cannot share memory (%s); "
                  "their collectives go over the network\n",

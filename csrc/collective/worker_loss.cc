@@ -13,6 +13,7 @@ std::string GroupState::nameOfRank(Rank rank) const {
 
 // A reducer knows only of the pushes that went to it. What is done here every rank has joined.
 engine::Joined GroupState::joined(Rank rank) {
+  if (rank < 0 || rank >= config_.world_size) return {};  // a peer may say anything
   engine::Joined joined = local_.joined(config_.job, rank);
   if (joined_by_) joined.learn(joined_by_(rank));
   const std::lock_guard lock(mutex_);

@@ -138,9 +138,13 @@ Runtime::~Runtime() {
 
 std::string recorded(const std::string& reason) {
   recorder::Recorder* recorder = nullptr;
+  std::shared_ptr<Runtime> runtime;  // groups that are asked must not outlive it
   {
-    const std::lock_guard lock(shared().mutex);
-    recorder = shared().recorder;
+    Shared& s = shared();
+    const std::lock_guard lock(s.mutex);
+    if (s.owner != getpid()) return {};  // what a fork left of it may be locked for ever
+    recorder = s.recorder;
+    runtime = s.runtime.lock();
   }
   return recorder == nullptr ? std::string() : recorder->dump(reason);
 }
