@@ -20,10 +20,12 @@ Reducers = Callable[..., list[str]]
 
 
 def environment(way: str, reducers: Reducers) -> list[dict[str, str]]:
-    """By rank. "local": shared memory; "two levels": pairs of ranks on each of two hosts."""
+    """By rank. "local": shared memory; "two levels": pairs of ranks on each of two hosts; "grpc": direct, by gRPC."""
     if way == "local":
         return [{}] * WORKERS
-    env = {"REDUCER_ALGORITHM": "direct" if way == "two levels" else way}
+    env = {"REDUCER_ALGORITHM": way if way in ("direct", "server", "mixed") else "direct"}
+    if way == "grpc":
+        env["REDUCER_TRANSPORT"] = "grpc"
     if way in ("server", "mixed"):
         env["REDUCER_SERVERS"] = ",".join(reducers(2))
     per_host = 2 if way == "two levels" else 1
@@ -85,7 +87,7 @@ def test_every_survivor_names_the_dead_rank_and_its_last_collective(way: str, vi
             assert dead in outcome.value[0]
 
 
-@pytest.mark.parametrize("way", ["mixed", "two levels"])
+@pytest.mark.parametrize("way", ["mixed", "two levels", "grpc"])
 def test_a_death_in_the_other_ways(way: str, reducers: Reducers) -> None:
     count = 500_000  # enough for two levels
     with mortal_ranks(way, reducers) as ranks:
