@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 20
 SCENARIO ?= all
 
 # The other C++ tests have one thread each, where ThreadSanitizer finds nothing.
-THREADED_TESTS := exchange_test conformance_test tcp_test sim_test two_level_test two_level_others_test failover_test
+THREADED_TESTS := exchange_test conformance_test tcp_test sim_test two_level_test two_level_others_test failover_test recorder_test
 space := $(subst ,, )
 
 CPP_FOLDERS := csrc tests/cpp tests/fuzz tests/python/accelerator benchmarks
@@ -115,7 +115,7 @@ model: setup ## the same with larger jobs (minutes; not a part of test)
 tidy: setup ## clang-tidy on everything that does not include torch (minutes; not a part of test)
 	cmake -S . -B build/native >/dev/null
 	$(RUN_CLANG_TIDY) -clang-tidy-binary $(CLANG_TIDY) -quiet -j $(JOBS) -p build/native \
-	  '/csrc/(common|kernels|wire|engine|transport|server|collective|simulate|runtime|reducerd)/'
+	  '/csrc/(common|kernels|wire|recorder|engine|transport|server|collective|simulate|runtime|reducerd)/'
 
 format: setup ## formatters, changing files
 	$(VENV)/ruff check --fix-only .

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from reducer.options import Options
+    from reducer.recorder import dump
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "UnavailableError",
     "VersionError",
     "__version__",
+    "dump",
 ]
 
 _ENTRY_POINT_GROUP = "torch.backends"
@@ -54,7 +56,7 @@ _ENTRY_POINT_GROUP = "torch.backends"
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "reducer.options" if name == "Options" else "reducer.errors"
+        module = {"Options": "reducer.options", "dump": "reducer.recorder"}.get(name, "reducer.errors")
         return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'reducer' has no attribute {name!r}")
 

@@ -39,6 +39,9 @@ def choose_algorithms(
     ValueError: a measurement is not possible, or there is none.
     """
 
+def recorded(reason: str) -> str:
+    """What the flight recorder of this process holds, as JSON; "": there was none yet, or it is switched off."""
+
 def host_label() -> str:
     """ "hostname:pid" of this process."""
 

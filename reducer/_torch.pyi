@@ -12,7 +12,17 @@ Sample = tuple[str, int, int, int, int, int, int, int]
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
 
-    def __init__(self, bind_host: str, congestion_control: str, transport: str) -> None:
+    def __init__(
+        self,
+        *,
+        bind_host: str,
+        congestion_control: str,
+        transport: str,
+        recorder_entries: int,
+        recorder_dir: str,
+        recorder_signal: int,
+        warns: bool,
+    ) -> None:
         """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
 
     @property
@@ -45,6 +55,7 @@ class ReducerBackend(Backend):
         workers: list[str],
         servers: list[str],
         places: list[str],
+        hosts: list[str],
         worker_bandwidths: list[int],
         server_bandwidths: list[int],
         samples: Sequence[Sample],
@@ -54,6 +65,7 @@ class ReducerBackend(Backend):
         chunk_bytes: int,
         window_bytes: int,
         checksum: bool,
+        warns: bool,
         connect_timeout: timedelta,
         heartbeat: timedelta,
         failover: bool,
@@ -61,7 +73,7 @@ class ReducerBackend(Backend):
         global_ranks: list[int],
     ) -> None:
         """`job`: 16 bytes, equal on all ranks and new for each instance; `workers`: addresses by rank; `places`: equal
-        texts are ranks that share a host. ValueError."""
+        texts are ranks that share a host; `hosts`: their names for messages. ValueError."""
 
     @property
     def options(self) -> BackendOptions: ...

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from reducer import _core, errors, tuning
-from reducer.options import Options, Settings, resolve
+from reducer.options import Options, Settings, resolve, signal_number
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -117,6 +117,10 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
             bind_host=_bind_host(place, settings),
             congestion_control=settings.congestion_control,
             transport=settings.transport,
+            recorder_entries=settings.recorder_entries,
+            recorder_dir=settings.recorder_dir,
+            recorder_signal=signal_number(settings.recorder_signal),
+            warns=_warns(settings),
         )
     except errors.ReducerError as error:
         _publish_failure(place, error)
@@ -137,6 +141,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         workers=verdict["workers"],
         servers=verdict["servers"],
         places=verdict["places"],
+        hosts=verdict["hosts"],
         samples=[tuning.Sample(*sample) for sample in verdict["samples"]],
         measures=verdict["measures"],
         worker_bandwidths=verdict["worker_bandwidths"],
@@ -146,6 +151,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
         checksum=settings.checksum,
+        warns=_warns(settings),
         connect_timeout=settings.connect_timeout,
         heartbeat=settings.heartbeat,
         failover=settings.failover,
@@ -184,6 +190,11 @@ def _ground(settings: Settings, verdict: dict[str, Any]) -> tuning.Ground:
         "servers": verdict["server_bandwidths"],
     }
     return tuning.Ground.of(verdict["places"], verdict["servers"], conditions)
+
+
+def _warns(settings: Settings) -> bool:
+    """Whether the native code may write warnings, for which it must not wait for Python's loggers."""
+    return settings.log not in ("off", "error")
 
 
 def _set_log_level(level: str) -> None:
@@ -329,6 +340,7 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         verdict: dict[str, Any] = {
             "job": secrets.token_hex(16),
             "workers": [entries[rank]["address"] for rank in range(place.world_size)],
+            "hosts": [entries[rank]["host"] for rank in range(place.world_size)],
             "servers": servers,
             "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items()) if settings.bandwidth],
             "server_bandwidths": server_bandwidths,

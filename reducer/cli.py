@@ -1,4 +1,4 @@
-"""The command ``reducer``: serve, stats, bench, simulate, info.
+"""The command ``reducer``: serve, stats, dump, blame, bench, tune, simulate, info.
 
 It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` needs it.
 """
@@ -12,13 +12,14 @@ import platform
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import reducer
-from reducer.errors import ReducerError
+from reducer.errors import ReducerError, UnavailableError
 
 EXIT_FAILED = 1
 
@@ -165,6 +166,100 @@ def _print_stats(address: str, reply: dict[str, Any]) -> None:
         connected = f"{group['connected']} of {group['world_size']}"
         groups.add_row(group["job"][:8], group["group"], connected, format_size(group["reserved_bytes"]))
     console.print(groups)
+
+
+@app.command()
+def dump(
+    pids: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="PID", help="Processes of this host (default: all of yours that have a group)."),
+    ] = None,
+) -> None:
+    """Have running workers write their flight recorders, and print where.
+
+    Each process gets a signal (RTMIN+5, unless it was told another), at which it
+    writes its last calls to reducer-JOB/rankR.json in $REDUCER_RECORDER_DIR, or
+    $TMPDIR, or /tmp. It goes on working. A process that does not expect the
+    signal gets none.
+
+    Example, on each host of a job that hangs:
+    reducer dump && reducer blame
+
+    The exit status is 1 if a process wrote nothing within 10 seconds.
+    """
+    from reducer import recorder
+
+    asked = []
+    failed = False
+    chosen = [(pid, recorder.process(pid)) for pid in pids or ()] or [(one.pid, one) for one in recorder.processes()]
+    if not chosen:
+        raise ReducerError("no process of yours on this host has a group of reducer")
+    for pid, process in chosen:
+        try:
+            if process is None:
+                raise UnavailableError(f"process {pid} on this host has no group of reducer, or it is not yours")
+            asked.append(recorder.request(process))
+        except UnavailableError as error:
+            typer.echo(f"reducer: {error}", err=True)
+            failed = True
+    for wait in asked:
+        try:
+            typer.echo(str(wait()))
+        except UnavailableError as error:
+            typer.echo(f"reducer: {error}", err=True)
+            failed = True
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def blame(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="PATH",
+            help="Files of dumps, or folders with them; of a folder with several jobs the newest "
+            "(default: $REDUCER_RECORDER_DIR, or $TMPDIR, or /tmp).",
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="And a table of each group: how far every rank is.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each group.")] = False,
+) -> None:
+    """Say who is behind, and where, from the ranks' flight recorders.
+
+    It puts the dumps side by side that workers write after an error, or that
+    `reducer dump` asks for; those of several hosts have to be brought together
+    first (REDUCER_RECORDER_DIR may be a shared folder). Ranks are compared by
+    the numbers of their calls, and so clocks may differ.
+
+    Example: reducer blame -v /tmp/reducer-1a2b3c4d
+
+    The exit status is 0 if it could tell, whatever it found, and 1 if there is no dump.
+    """
+    from reducer import recorder
+    from reducer.blame import blame as judge
+
+    folders = paths or [recorder.default_folder()]
+    files = recorder.find(folders)
+    if not files:
+        raise ReducerError(f"no dump (reducer-JOB/rankR.json) in {', '.join(map(str, folders))}")
+    dumps = [recorder.read(file) for file in files]
+    verdicts = judge(dumps)
+    for verdict in verdicts:
+        typer.echo(json.dumps(asdict(verdict)) if as_json else verdict.sentence)
+    if verbose and not as_json:
+        from reducer.blame import tables
+
+        for table in tables(dumps):
+            _print(table)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 # The options of these commands are where their code is, which imports more than a reducer's host need have.

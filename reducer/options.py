@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -12,6 +13,9 @@ from typing import Any, TypeVar
 from reducer import _core
 from reducer.errors import InvalidArgumentError
 
+# Neither torchrun nor the usual job managers use it, which do use USR1 and USR2.
+RECORDER_SIGNAL = "RTMIN+5"
+_RECORDER_ENTRIES_MAX = 1_000_000
 LOG_LEVELS = ("off", "error", "warning", "info", "debug")
 _SWITCHES = {"1": True, "true": True, "on": True, "yes": True}
 _SWITCHES |= {"0": False, "false": False, "off": False, "no": False}
@@ -53,6 +57,10 @@ class Options:
     failover: whether the group goes on when a standalone reducer is lost; off, nothing is kept for that, and its loss
         ends the group. Default: True.
     checksum: whether payloads carry a CRC32C. Default: False.
+    recorder_entries: how many calls the flight recorder of this process keeps (docs/flight-recorder.md); 0: none.
+        Default: 1000.
+    recorder_dir: where it writes reducer-JOB/rankR.json after an error or at a signal. Default: $TMPDIR, or /tmp.
+    recorder_signal: that makes it write: "USR1", "USR2", "RTMIN+0" to "RTMIN+30", or "off". Default: "RTMIN+5".
     log: "off", "error", "warning", "info" or "debug". Default: "warning".
     """
 
@@ -69,6 +77,9 @@ class Options:
     heartbeat: float | str | timedelta | None = None
     failover: bool | str | None = None
     checksum: bool | str | None = None
+    recorder_entries: int | str | None = None
+    recorder_dir: str | os.PathLike[str] | None = None
+    recorder_signal: str | None = None
     log: str | None = None
 
 
@@ -91,6 +102,9 @@ class Settings:
     heartbeat: timedelta = timedelta(seconds=10)
     failover: bool = True
     checksum: bool = False
+    recorder_entries: int = 1000
+    recorder_dir: str = ""
+    recorder_signal: str = RECORDER_SIGNAL
     log: str = "warning"
 
     @property
@@ -211,6 +225,36 @@ def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
     return read
 
 
+def _read_entries(value: Any) -> int:
+    try:
+        entries = -1 if isinstance(value, bool) else int(value)
+    except (TypeError, ValueError):
+        entries = -1
+    if not 0 <= entries <= _RECORDER_ENTRIES_MAX:
+        raise InvalidArgumentError(f"{value!r} is no number of calls from 0 (nothing is recorded) to 1000000")
+    return entries
+
+
+def signal_number(name: str) -> int:
+    """Of "USR1", "SIGUSR2", "RTMIN+5"; 0 for "off". ValueError."""
+    plain = name.strip().upper().removeprefix("SIG")
+    if plain == "OFF":
+        return 0
+    if plain in ("USR1", "USR2"):
+        return int(signal.Signals[f"SIG{plain}"])
+    base, _, offset = plain.partition("+")
+    most = int(signal.SIGRTMAX) - int(signal.SIGRTMIN)
+    if base == "RTMIN" and offset.isdigit() and int(offset) <= most:
+        return int(signal.SIGRTMIN) + int(offset)
+    raise InvalidArgumentError(f"{name!r} is none of USR1, USR2, RTMIN+0 to RTMIN+{most}, off")
+
+
+def _read_signal(value: Any) -> str:
+    text = _read_text(value)
+    signal_number(text)
+    return text
+
+
 def _read_text(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{value!r} is no text")
@@ -231,6 +275,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "heartbeat": _read_heartbeat,
     "failover": _read_switch,
     "checksum": _read_switch,
+    "recorder_entries": _read_entries,
+    "recorder_dir": lambda value: _read_text(os.fspath(value)),
+    "recorder_signal": _read_signal,
     "log": _one_of(LOG_LEVELS),
 }
 

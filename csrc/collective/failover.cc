@@ -147,6 +147,13 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
     }
     return;
   }
+  if (reason.code() == Code::kUnavailable && !isServer(owner) && links_[owner]->wasConnected()) {
+    const auto rank = static_cast<Rank>(owner);
+    return loseWorker(
+        rank,
+        nameOfRank(rank) + " of group '" + config_.name + "' was lost (" + reason.message() + ")",
+        {});
+  }
   const bool told = reason.code() == Code::kUnavailable || reason.code() == Code::kInternal;
   abort(Status(reason.code(), told ? name + " is gone: " + reason.message() : reason.message()));
 }
@@ -154,7 +161,7 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
 bool GroupState::anyReachable() {
   {
     const std::lock_guard lock(mutex_);
-    if (met_ || epoch_ > 0) return true;
+    if (finished_.next > 0 || epoch_ > 0) return true;
   }
   return std::any_of(links_.begin() + config_.world_size, links_.end(),
                      [](const auto& link) { return link->wasConnected() || !link->isDown(); });
@@ -168,15 +175,17 @@ void GroupState::onEpoch(const wire::Frame& frame) {
     if (!broken_.ok()) return;
     if (!frame.owners.empty() && !isServer(frame.owners.front())) {
       // A worker: its part is gone, and the group with it. What it had its part in may still come.
-      if (!worker_lost_.ok()) return;
-      worker_lost_ = Status(Code::kUnavailable, frame.text);
-      worker_lost_at_ = transport_.now();
+      if (worker_lost_.rank != kAllRanks) return;
+      worker_lost_ = {static_cast<Rank>(frame.owners.front()),
+                      frame.text,
+                      {frame.slot.seq, frame.call},
+                      transport_.now()};
       return;
     }
     if (frame.epoch < epoch_) return;
     adoptMembers(frame, change);
   }
-  if (config_.rank == 0) warn(change, frame.text);
+  if (config_.rank == 0 && config_.settings.warns) warn(change, frame.text);
   for (const Link::Taken& one : change.taken) one.leave();
   for (const auto& [operation, why_not] : change.orphans) fail(operation, why_not);
   for (const OwnerIndex owner : change.waiting) tellLeader(wire::FrameKind::kBack, owner, 0, "");

@@ -527,6 +527,9 @@ Result<std::shared_ptr<Group>> Group::create(GroupConfig config, transport::Tran
   if (!shared.ok()) return shared.status();
   if (shared.value()) config.settings.algorithm = Algorithm::kLocal;
   const auto state = std::make_shared<GroupState>(std::move(config), transport, local);
+  if (recorder::Recorder* const recorder = state->config().recorder) {
+    recorder->setSource(state->recorded(), state);
+  }
   std::shared_ptr<Group> group = std::make_shared<GroupHandle>(state);
   if (shared.value()) group = makeLocalGroup(std::move(group), state);
   state->start();

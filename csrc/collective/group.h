@@ -18,6 +18,7 @@
 #include "common/clock.h"
 #include "common/status.h"
 #include "common/types.h"
+#include "recorder/recorder.h"
 #include "server/server.h"
 #include "transport/transport.h"
 
@@ -32,7 +33,8 @@ struct GroupConfig {
   std::vector<std::string> workers;  ///< address of the reducer inside each worker, by rank
   std::vector<std::string>
       servers;  ///< addresses of the standalone reducers, equal and in equal order on all ranks
-  std::string host;  ///< "hostname:pid" of this rank, for messages
+  std::string host;                ///< "hostname:pid" of this rank, for messages
+  std::vector<std::string> hosts;  ///< of all ranks, for messages; may be empty
   /// By rank: equal texts are ranks that share a host. Empty: every rank has a host of its own.
   std::vector<std::string> places;
   /// Bits per second of the NIC of each rank's host, and of each standalone reducer's; empty: all
@@ -40,6 +42,7 @@ struct GroupConfig {
   std::vector<std::uint64_t> worker_bandwidths;
   std::vector<std::uint64_t> server_bandwidths;
   Settings settings;
+  recorder::Recorder* recorder = nullptr;  ///< null: nothing is recorded. Must outlive the group
 };
 
 /// Ends the operations of one call before their time. Thread safety: every method, from any thread.

@@ -32,12 +32,18 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
                                "': timeout after " + engine::seconds(timeout) +
                                ", nothing was sent; here is rank " + std::to_string(config_.rank) +
                                " (" + config_.host + ")";
+      const auto record = recordReceive(from, tag, call);
       Receives::Request request;
       request.from = from;
       request.deadline = transport_.now() + timeout;
-      request.start = std::move(start);
-      request.fail = [fail = std::move(fail), late](const Status& why) {
-        fail(why.ok() ? Status(Code::kTimeout, late) : why);
+      request.start = [record, start = std::move(start)](Rank sender, std::uint64_t seq) {
+        record->passedOn();
+        start(sender, seq);
+      };
+      request.fail = [record, fail = std::move(fail), late](const Status& why) {
+        const Status end = why.ok() ? Status(Code::kTimeout, late) : why;
+        record->ended(end);
+        fail(end);
       };
       id = receives_.add(tag, std::move(request));
       matches = matchReceives(tag);

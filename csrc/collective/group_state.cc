@@ -7,7 +7,6 @@
 #include <numeric>
 
 #include "collective/ring.h"
-#include "common/hexadecimal.h"
 #include "common/limits.h"
 #include "common/placement.h"
 #include "engine/describe.h"
@@ -100,14 +99,12 @@ std::vector<ShardMap> railsOf(const GroupConfig& config, const Routes& routes,
   return rails;
 }
 
-// Below, one hop of all ranks' bytes takes less time than two levels.
-constexpr std::size_t kTwoLevelBytesMin = 256 << 10;
-
 }  // namespace
 
 GroupState::GroupState(GroupConfig config, transport::Transport& transport,
                        server::ReducerServer& local)
     : config_(std::move(config)),
+      recorded_(enroll(config_)),
       transport_(transport),
       local_(local),
       placement_(Placement::fromPlaces(config_.places, config_.world_size)),
@@ -209,12 +206,18 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
       info.lane = lane;
       info.seq = seq;
       info.started = transport_.now();
+      info.recorder = config_.recorder;
+      info.group = recorded_;
+      if (info.recorder != nullptr) info.way = wayOf(call, lane, options);
       info.options = std::move(options);
-      info.done = [weak = weak_from_this(), id, user = std::move(done)](const Status& result) {
+      info.done = [weak = weak_from_this(), id, call,
+                   user = std::move(done)](const Status& result) {
         if (const auto self = weak.lock()) {
           const std::lock_guard state_lock(self->mutex_);
           self->operations_.erase(id);
-          if (result.ok() && id.first == wire::kCollectiveLane) self->met_ = true;
+          if (result.ok() && id.first == wire::kCollectiveLane) {
+            self->finished_.learn({id.second + 1, call});
+          }
         }
         user(result);
       };
@@ -310,23 +313,13 @@ void GroupState::runRing(const wire::Call& call, std::byte* out, std::uint64_t n
          });
 }
 
-// ------------------------------------------------------------------ two levels
-
-const ShardMap* GroupState::rails(const Routes::Route& route, std::size_t nbytes,
-                                  bool owned) const {
-  if (rails_.empty()) return nullptr;
-  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
-  if (nbytes < std::min(kTwoLevelBytesMin, segmentBytes(placement_, chunk_bytes))) return nullptr;
-  if (owned && ownedSegmentBytes(placement_, chunk_bytes) == 0) return nullptr;
-  return &rails_[route.map];
-}
-
 void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
                              std::vector<Strip> strips, CallOptions options, Done done) {
   launch(call, wire::kCollectiveLane, std::move(options), std::move(done), std::nullopt,
          [&](Operation::Info info, std::shared_ptr<Operation>& operation) {
            const std::uint64_t seq = info.seq;
            TwoLevel::Shape shape;
+           info.two_levels = true;
            shape.placement = &placement_;
            shape.rank = config_.rank;
            shape.rails = &rails;
@@ -346,35 +339,6 @@ void GroupState::runTwoLevel(const wire::Call& call, const ShardMap& rails,
          });
 }
 
-std::shared_ptr<HostStage> GroupState::makeStage() {
-  const Rank host = placement_.hostOf(config_.rank);
-  const std::span<const Rank> ranks = placement_.ranksOf(host);
-  HostStage::Config stage;
-  stage.meeting = "levels/" + hexadecimal(config_.job) + "/" + std::to_string(host);
-  stage.place = static_cast<std::uint32_t>(std::find(ranks.begin(), ranks.end(), config_.rank) -
-                                           ranks.begin());
-  stage.ranks.assign(ranks.begin(), ranks.end());
-  const std::size_t chunk_bytes = config_.settings.chunk_bytes;
-  stage.segment_bytes =
-      std::max(segmentBytes(placement_, chunk_bytes), ownedSegmentBytes(placement_, chunk_bytes));
-  stage.fail = [weak = weak_from_this()](const std::shared_ptr<Operation>& operation,
-                                         const Status& why) {
-    if (const auto self = weak.lock()) self->fail(operation, why);
-  };
-  stage.lost = [weak = weak_from_this()](const Status& why) {
-    if (const auto self = weak.lock()) self->abort(why);
-  };
-  stage.pump = [weak = weak_from_this()](const std::vector<OwnerIndex>& owners) {
-    if (const auto self = weak.lock()) self->pump(owners);
-  };
-  return std::make_shared<HostStage>(std::move(stage));
-}
-
-std::shared_ptr<HostStage> GroupState::stage() {
-  const std::lock_guard lock(mutex_);
-  return stage_;
-}
-
 // ------------------------------------------------------------------ failure
 
 std::vector<std::shared_ptr<Operation>> GroupState::operations() {
@@ -387,6 +351,9 @@ std::vector<std::shared_ptr<Operation>> GroupState::operations() {
 }
 
 void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status& status) {
+  if (operation->record() && !operation->finished()) {
+    operation->record().waitedFor(waitsFor(operation->info().lane, operation->info().seq));
+  }
   if (!operation->fail(status)) return;
   if (const auto stage = this->stage(); stage && operation->info().lane == wire::kCollectiveLane) {
     stage->failed(operation->info().seq, status);
@@ -398,14 +365,17 @@ void GroupState::fail(const std::shared_ptr<Operation>& operation, const Status&
   }
 }
 
-void GroupState::onOperationError(const wire::SlotId& slot, const Status& status) {
+void GroupState::onOperationError(const wire::SlotId& slot, const Status& status, Rank lost) {
   std::shared_ptr<Operation> operation;
   {
     const std::lock_guard lock(mutex_);
     const auto found = operations_.find({wire::operationLane(slot.lane), slot.seq});
     if (found != operations_.end()) operation = found->second.lock();
   }
-  if (operation) fail(operation, status);
+  if (!operation) return;
+  fail(operation,
+       lost < 0 ? status
+                : Status(status.code(), status.message() + engine::describeJoined(joined(lost))));
 }
 
 void GroupState::onLeft(Rank rank) {
@@ -424,6 +394,7 @@ void GroupState::abort(const Status& reason) {
     held.swap(held_);
   }
   if (first && when_broken_) when_broken_(reason);
+  if (first && config_.recorder != nullptr) config_.recorder->trouble(recorded_, reason);
   for (const Receives::Request& request : unmatched) request.fail(reason);
   for (const auto& operation : operations()) fail(operation, reason);
 }
@@ -452,13 +423,13 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
 
 void GroupState::tick(TimePoint now) {
   std::vector<Receives::Request> late;
-  Status lost;
+  WorkerLost lost;
   {
     const std::lock_guard lock(mutex_);
     late = receives_.late(now);
-    if (!worker_lost_.ok() && now - worker_lost_at_ >= kLostGrace) lost = worker_lost_;
+    if (broken_.ok() && now - worker_lost_.at >= kLostGrace) lost = worker_lost_;
   }
-  if (!lost.ok()) abort(lost);
+  if (lost.rank != kAllRanks) loseWorker(lost.rank, lost.text, lost.joined);
   for (const auto& link : links_) link->beat(now);
   missAbsentees();
   lookForLost(now);

@@ -20,21 +20,28 @@
 #include "collective/receives.h"
 #include "collective/routes.h"
 #include "common/placement.h"
+#include "engine/describe.h"
 
 namespace reducer::collective {
 
 /// Thread safety: every method, from any thread.
 class GroupState final : public LinkEvents,
                          public Links,
+                         public recorder::Source,
                          public std::enable_shared_from_this<GroupState> {
  public:
   GroupState(GroupConfig config, transport::Transport& transport, server::ReducerServer& local);
+  ~GroupState() override;
 
   /// Told once, when nothing more can work in this group, and why. To be set before start().
   void whenBroken(std::function<void(const Status&)> told) { when_broken_ = std::move(told); }
   /// Told what is said of a rank that has left in good order, once or more. To be set before
   /// start().
   void whenLeft(std::function<void(const std::string&)> told) { when_left_ = std::move(told); }
+
+  /// Asked for the last collective that a rank has joined in another way than over links. To be set
+  /// before start().
+  void joinedBy(std::function<engine::Joined(Rank)> asked) { joined_by_ = std::move(asked); }
 
   /// Connects to the owners and starts the clock. Once, right after construction.
   void start();
@@ -63,13 +70,19 @@ class GroupState final : public LinkEvents,
   void runTwoLevel(const wire::Call& call, const ShardMap& rails, std::vector<Strip> strips,
                    CallOptions options, Done done);
 
-  void onOperationError(const wire::SlotId& slot, const Status& status) override;
+  void onOperationError(const wire::SlotId& slot, const Status& status, Rank lost) override;
+  void onLate(const wire::Frame& frame) override;
   void onLinkDown(OwnerIndex owner, const Status& reason) override;
   void onArrived(const wire::SlotId& slot) override;
   void onLeft(Rank rank) override;
   void onNews(const wire::Frame& frame) override;
   void onWelcome(OwnerIndex owner) override;
   void onLinkClosed() override;
+
+  std::uint64_t called() override { return sequence_; }
+  std::vector<std::string> waitsFor(std::uint64_t lane, std::uint64_t seq) override;
+  /// In the flight recorder.
+  std::uint32_t recorded() const { return recorded_; }
 
   void pump(const std::vector<OwnerIndex>& owners) override;
   TimePoint now() const override { return transport_.now(); }
@@ -97,6 +110,7 @@ class GroupState final : public LinkEvents,
   using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
   using Queued = std::vector<std::pair<OwnerIndex, Cursor>>;
 
+  static std::uint32_t enroll(const GroupConfig& config);
   std::shared_ptr<Link> makeLink(OwnerIndex owner, const std::string& settings_text);
   std::shared_ptr<HostStage> makeStage();
   std::shared_ptr<HostStage> stage();
@@ -185,6 +199,20 @@ class GroupState final : public LinkEvents,
                   const std::string& text);
   void warn(const Change& change, const std::string& why) const;
 
+  // A worker is lost (worker_loss.cc). Without the lock.
+  std::string nameOfRank(Rank rank) const;
+  /// The last collective that a rank has joined, as far as is known here.
+  engine::Joined joined(Rank rank);
+  /// Ends the group. `what`: "rank 2 (c:97) of group 'default' was lost (...)".
+  void loseWorker(Rank rank, const std::string& what, engine::Joined told);
+
+  /// For the flight recorder (recording.cc): how a call goes.
+  std::string_view wayOf(const wire::Call& call, std::uint64_t lane,
+                         const CallOptions& options) const;
+  /// A receive that waits to learn who sends, or behind one that does.
+  std::shared_ptr<recorder::Record> recordReceive(Rank from, std::uint32_t tag,
+                                                  const wire::Call& call);
+
   /// Of an operation that starts now. Called with the lock held.
   std::uint64_t nextNumber(std::uint64_t lane);
   /// Called with the lock held; its result is to be started without.
@@ -195,6 +223,7 @@ class GroupState final : public LinkEvents,
   std::vector<std::shared_ptr<Operation>> operations();
 
   const GroupConfig config_;
+  const std::uint32_t recorded_;
   transport::Transport& transport_;
   server::ReducerServer& local_;
   const Placement placement_;
@@ -208,12 +237,17 @@ class GroupState final : public LinkEvents,
   std::map<OperationId, std::weak_ptr<Operation>> operations_;
   std::map<std::uint64_t, std::uint64_t> pair_sequences_;  // next number, by lane
   Receives receives_;
-  Status worker_lost_;  // as rank 0's reducer says
-  TimePoint worker_lost_at_;
+  struct WorkerLost {
+    Rank rank = kAllRanks;
+    std::string text;
+    engine::Joined joined;
+    TimePoint at;
+  };
+  WorkerLost worker_lost_;               // as rank 0's reducer says
+  engine::Joined finished_;              // the last collective that was done, and so joined by all
   std::vector<Standing> standing_;       // by OwnerIndex
   std::atomic<std::uint32_t> epoch_{0};  // changes of owners
   bool forgot_absentees_ = false;
-  bool met_ = false;                  // a collective has ended well
   bool holding_ = false;              // no collective starts
   std::vector<Queued> held_;          // what would have, in order
   std::shared_ptr<HostStage> stage_;  // since the first operation that needs it
@@ -222,6 +256,7 @@ class GroupState final : public LinkEvents,
   Status broken_;
   std::function<void(const Status&)> when_broken_;
   std::function<void(const std::string&)> when_left_;
+  std::function<engine::Joined(Rank)> joined_by_;
   std::condition_variable link_closed_;
   std::unique_ptr<transport::Timer> ticker_;
 };

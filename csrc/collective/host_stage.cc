@@ -384,7 +384,7 @@ class HostStage::Inner final : public local::Watch, public std::enable_shared_fr
                        Status(Code::kUnavailable, rank + " has left the group; make a new group"));
         }
       } else if (!segment_->occupied(place)) {
-        config_.lost(Status(Code::kUnavailable, rank + " was lost: its process has ended"));
+        config_.died(config_.ranks[place]);
       }
     }
   }

@@ -36,6 +36,8 @@ class HostStage {
     std::function<void(const std::shared_ptr<Operation>&, const Status&)> fail;
     /// The group cannot go on.
     std::function<void(const Status&)> lost;
+    /// Nor without that rank.
+    std::function<void(Rank)> died;
     /// What was summed may go out.
     std::function<void(const std::vector<OwnerIndex>&)> pump;
   };

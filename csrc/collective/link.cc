@@ -173,6 +173,7 @@ bool Link::nextPiece(Awaited& awaited, Payload& payload) {
     const std::size_t before = moves ? inFlightBefore(queue, key) : queue.outstanding_bytes;
     if (before > 0 && before + cost > window) continue;
     awaited.operation = cursor.operation;
+    awaited.operation->record().started();
     awaited.cost = cost;
     awaited.key = key;
     payload = std::move(piece.payload);
@@ -283,6 +284,9 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       if (config_.owner != 0) break;  // rank 0's reducer alone keeps the list
       if (const auto events = events_.lock()) events->onNews(frame);
       break;
+    case wire::FrameKind::kLate:
+      if (const auto events = events_.lock()) events->onLate(frame);
+      break;
     case wire::FrameKind::kLeft:
       if (const auto events = events_.lock()) events->onLeft(frame.pusher);
       break;
@@ -343,8 +347,9 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   if (!awaited.operation) {
     // Cancelled: only its place in the window was waited for.
   } else if (!wrong.ok()) {
-    if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong);
+    if (const auto events = events_.lock()) events->onOperationError(frame.slot, wrong, kAllRanks);
   } else if (!awaited.operation->finished()) {
+    awaited.operation->record().answered();
     awaited.operation->accept(awaited.piece, payload);
   }
   awaited.operation.reset();
@@ -363,7 +368,9 @@ void Link::onError(const wire::Frame& frame) {
     const std::lock_guard lock(mutex_);
     takeAnswered(frame.slot, awaited);
   }
-  if (const auto events = events_.lock()) events->onOperationError(frame.slot, status);
+  if (const auto events = events_.lock()) {
+    events->onOperationError(frame.slot, status, frame.pusher);
+  }
   awaited.operation.reset();
   pump(std::numeric_limits<std::size_t>::max());
 }

@@ -23,8 +23,10 @@ namespace reducer::collective {
 class LinkEvents {
  public:
   virtual ~LinkEvents() = default;
-  /// The owner failed the operation.
-  virtual void onOperationError(const wire::SlotId& slot, const Status& status) = 0;
+  /// The owner failed the operation. `lost`: since this rank died, or kAllRanks.
+  virtual void onOperationError(const wire::SlotId& slot, const Status& status, Rank lost) = 0;
+  /// Who is missing from an operation for long, as its owner says: `frame.text`.
+  virtual void onLate(const wire::Frame& frame) = 0;
   /// The owner is gone. Ok: it left in good order.
   virtual void onLinkDown(OwnerIndex owner, const Status& reason) = 0;
   /// A send to this rank waits in its own reducer, and came before any receive.

@@ -300,12 +300,16 @@ Result<bool> sharesMemory(const GroupConfig& config) {
 
 std::shared_ptr<Group> makeLocalGroup(std::shared_ptr<Group> network,
                                       const std::shared_ptr<GroupState>& state) {
-  const auto operations = std::make_shared<LocalOperations>(
-      state->config(), network, [weak = std::weak_ptr(state)](const Status& why) {
-        if (const auto alive = weak.lock()) alive->abort(why);
-      });
+  const auto operations = std::make_shared<LocalOperations>(state, network);
   state->whenBroken([weak = std::weak_ptr(operations)](const Status& why) {
     if (const auto alive = weak.lock()) alive->breakWith(why);
+  });
+  if (recorder::Recorder* const recorder = state->config().recorder) {
+    recorder->setSource(state->recorded(), operations);
+  }
+  state->joinedBy([weak = std::weak_ptr(operations)](Rank rank) {
+    const auto alive = weak.lock();
+    return alive ? alive->joined(rank) : engine::Joined();
   });
   state->whenLeft([weak = std::weak_ptr(operations)](const std::string& who) {
     if (const auto alive = weak.lock()) alive->left(who);

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "collective/group_state.h"
 #include "common/hexadecimal.h"
 #include "engine/describe.h"
+#include "wire/lane.h"
 
 namespace reducer::collective {
 namespace {
@@ -44,6 +46,13 @@ wire::Call callOf(const local::CallWords& words) {
   return call;
 }
 
+std::vector<std::string> namesOf(const local::Team& team,
+                                 const std::vector<std::uint32_t>& places) {
+  std::vector<std::string> names;
+  for (const std::uint32_t place : places) names.push_back(team.name(place));
+  return names;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------ one operation
@@ -54,6 +63,7 @@ LocalOperation::LocalOperation(std::shared_ptr<LocalOperations> owner, const Loc
       timeout(options.timeout),
       owner_(std::move(owner)),
       deadline_(started_ + std::min<Duration>(timeout, kLongest)),
+      late_at_(started_ + (deadline_ - started_) / 3),
       options_(std::move(options)),
       done_(std::move(done)) {}
 
@@ -61,13 +71,29 @@ bool LocalOperation::begin() {
   const std::lock_guard lock(mutex_);
   if (state_ != State::kWaiting) return false;
   state_ = State::kRunning;
+  record_->started();
   return true;
+}
+
+void LocalOperation::enterRecord(recorder::Recorder* recorder, std::uint32_t group, bool here) {
+  record_.emplace(recorder, here, [&](recorder::Entry& entry) {
+    entry.group = group;
+    entry.seq = number;
+    entry.call = call.shown;
+    entry.algorithm = nameOf(Algorithm::kLocal);
+    entry.queued = started_;
+    if (here) {
+      entry.started = started_;
+      entry.state = recorder::State::kStarted;
+    }
+  });
 }
 
 std::optional<std::pair<CallOptions, Done>> LocalOperation::release() {
   const std::lock_guard lock(mutex_);
   if (state_ == State::kEnded) return std::nullopt;
   state_ = State::kEnded;
+  if (record_) record_->passedOn();
   return std::pair(std::move(options_), std::move(done_));
 }
 
@@ -91,6 +117,7 @@ void LocalOperation::end(const Status& status) {
     done = std::move(done_);
     options = std::move(options_);
   }
+  if (record_) record_->ended(status);
   done(status);
 }
 
@@ -115,41 +142,74 @@ Status LocalOperation::look(TimePoint now, bool slept) {
   }
   if (now >= deadline_) return tooLate(now);
   const local::Team& team = owner_->team();
-  const auto lacks = [&](const std::string& who) {
-    return Status(Code::kUnavailable, engine::nameCollective(owner_->config().name, number) + ", " +
-                                          engine::describe(call.shown) + ": " + who);
-  };
+  if (now >= late_at_) warnOfLate(now);
   if (!team.attached()) {
     const std::string who = owner_->whoLeft();
-    return who.empty() ? Status() : lacks(who);
+    return who.empty() ? Status() : Status(Code::kUnavailable, title() + ": " + who);
   }
   if (!slept) return {};
-  if (const auto gone = team.gone()) return lacks(gone->text + " before it joined in");
+  if (const auto gone = team.gone()) return lacks(*gone);
   return differs(now);
 }
 
-Status LocalOperation::tooLate(TimePoint now) const {
+std::string LocalOperation::title() const {
+  return engine::nameCollective(owner_->config().name, number) + ", " +
+         engine::describe(call.shown);
+}
+
+Status LocalOperation::lacks(const local::Team::Gone& gone) {
+  const bool joined = owner_->exchange().callOf(gone.place, number).has_value();
+  record_->waitedFor({owner_->team().name(gone.place)});
+  std::string text = title() + ": " + gone.text + (joined ? " in it" : " before it joined in");
+  if (gone.died) {
+    text += engine::describeJoined(owner_->joined(owner_->team().rankAt(gone.place)));
+  }
+  return Status(Code::kUnavailable, text);
+}
+
+LocalOperation::Presence LocalOperation::presence() const {
   const local::Team& team = owner_->team();
-  std::vector<std::string> missing;
-  std::vector<std::string> here;
   const std::vector<std::uint32_t> unmet =
       team.attached() ? std::vector<std::uint32_t>() : team.missing();
+  Presence presence;
   for (std::uint32_t place = 0; place < team.size(); ++place) {
     const bool absent = team.attached()
                             ? !owner_->exchange().callOf(place, number)
                             : std::find(unmet.begin(), unmet.end(), place) != unmet.end();
-    (absent ? missing : here).push_back(team.name(place));
+    (absent ? presence.missing : presence.here).push_back(place);
   }
-  const std::string operation = engine::nameCollective(owner_->config().name, number);
-  if (missing.empty()) {
-    return Status(Code::kTimeout, operation + ", " + engine::describe(call.shown) +
-                                      ": timeout after " + engine::seconds(now - started_) +
+  return presence;
+}
+
+/// The lowest rank that is here says who is not. (Before the ranks have met they know of place 0
+/// alone whether it is there.)
+void LocalOperation::warnOfLate(TimePoint now) {
+  late_at_ = TimePoint::max();
+  const local::Team& team = owner_->team();
+  const Presence presence = this->presence();
+  if (presence.missing.empty()) return;
+  const std::string text =
+      engine::describeLate(engine::nameCollective(owner_->config().name, number), call.shown,
+                           now - started_, deadline_ - started_, namesOf(team, presence.missing));
+  record_->late(text);
+  if (presence.here.front() != team.place() || !owner_->config().settings.warns) return;
+  std::fprintf(stderr, "reducer: warning: %s\n", text.c_str());
+}
+
+Status LocalOperation::tooLate(TimePoint now) {
+  const local::Team& team = owner_->team();
+  const Presence presence = this->presence();
+  if (presence.missing.empty()) {
+    return Status(Code::kTimeout, title() + ": timeout after " + engine::seconds(now - started_) +
                                       ": all ranks are there, but one stopped on the way");
   }
+  record_->waitedFor(namesOf(team, presence.missing));
+  const std::string operation = engine::nameCollective(owner_->config().name, number);
   const std::string trouble = team.attached() ? "" : team.trouble();
-  return Status(Code::kTimeout,
-                engine::describeWait(operation, call.shown, now - started_, missing, here) +
-                    (trouble.empty() ? "" : "; on this rank " + trouble));
+  return Status(Code::kTimeout, engine::describeWait(operation, call.shown, now - started_,
+                                                     namesOf(team, presence.missing),
+                                                     namesOf(team, presence.here)) +
+                                    (trouble.empty() ? "" : "; on this rank " + trouble));
 }
 
 /// Those who wait say soon that their calls differ, even if a rank never comes.
@@ -174,14 +234,15 @@ Status LocalOperation::differs(TimePoint now) {
 
 // ------------------------------------------------------------------ all of them
 
-LocalOperations::LocalOperations(const GroupConfig& config, std::shared_ptr<Group> network,
-                                 std::function<void(const Status&)> end_network)
-    : config_(config),
+LocalOperations::LocalOperations(const std::shared_ptr<GroupState>& state,
+                                 std::shared_ptr<Group> network)
+    : config_(state->config()),
+      recorded_(state->recorded()),
       pid_(getpid()),
       network_(std::move(network)),
-      end_network_(std::move(end_network)),
-      layout_(local::Exchange::Layout::of(config.world_size, config.settings.chunk_bytes)),
-      team_(teamOf(config, layout_.areaBytes())),
+      state_(state),
+      layout_(local::Exchange::Layout::of(config_.world_size, config_.settings.chunk_bytes)),
+      team_(teamOf(config_, layout_.areaBytes())),
       exchange_(team_, layout_) {}
 
 LocalOperations::~LocalOperations() {
@@ -203,9 +264,11 @@ LocalOperations::Way LocalOperations::admit(LocalOperation& operation, bool bloc
   if (on_network_) return Way::kNetwork;
   operation.number = static_cast<std::uint32_t>(next_++);
   operation.tellNumber();
+  const bool here = blocking && !busy_ && queue_.empty() && team_.attached();
+  operation.enterRecord(config_.recorder, recorded_, here);
   counters_.pushed_bytes += operation.call.in_bytes;
   counters_.pulled_bytes += operation.call.out_bytes;
-  if (!blocking || busy_ || !queue_.empty() || !team_.attached()) return Way::kQueue;
+  if (!here) return Way::kQueue;
   busy_ = true;
   return Way::kHere;
 }
@@ -277,7 +340,8 @@ void LocalOperations::perform(const std::shared_ptr<LocalOperation>& operation, 
     if (const auto gone = team_.gone(); gone && gone->died) {
       operation->end(status);
       breakWith(status);
-      return end_network_(status);
+      if (const auto state = state_.lock()) state->abort(status);
+      return;
     }
   }
   operation->end(status);
@@ -312,7 +376,7 @@ void LocalOperations::passOn(Item item) {
     item.operation->end(status);
     return breakWith(status);
   }
-  if (config_.rank == 0) {
+  if (config_.rank == 0 && config_.settings.warns) {
     std::fprintf(stderr,
                  "reducer: warning: group '%s': the ranks of this host cannot share memory (%s); "
                  "their collectives go over the network\n",
@@ -395,6 +459,30 @@ void LocalOperations::join() {
     thread = std::move(thread_);
   }
   thread.join();
+}
+
+std::vector<std::string> LocalOperations::waitsFor(std::uint64_t lane, std::uint64_t seq) {
+  std::shared_ptr<LocalOperation> current;
+  bool on_network = false;
+  {
+    const std::lock_guard lock(mutex_);
+    current = current_;
+    on_network = on_network_;
+  }
+  if (lane != wire::kCollectiveLane || on_network) {
+    const auto state = state_.lock();
+    return state ? state->waitsFor(lane, seq) : std::vector<std::string>();
+  }
+  // Before the ranks have met only the thread that meets them may ask who is there.
+  if (!current || current->number != seq || !team_.attached()) return {};
+  return namesOf(team_, current->presence().missing);
+}
+
+engine::Joined LocalOperations::joined(Rank rank) const {
+  if (!team_.attached()) return {};
+  const auto last = exchange_.lastOf(static_cast<std::uint32_t>(rank));  // all ranks are places
+  return last ? engine::Joined{std::uint64_t{last->number} + 1, callOf(last->call)}
+              : engine::Joined();
 }
 
 std::uint64_t LocalOperations::sequence() {

@@ -14,12 +14,14 @@
 #include <vector>
 
 #include "collective/group.h"
+#include "engine/describe.h"
 #include "local/exchange.h"
 #include "local/team.h"
 #include "wire/frame.h"
 
 namespace reducer::collective {
 
+class GroupState;
 class LocalOperations;
 
 /// A call, and what all ranks compare of it.
@@ -53,6 +55,17 @@ class LocalOperation final : public local::Watch {
   Status why();
   void tellNumber();
 
+  /// Places that have not come to this operation, and those that have, as far as is known. Before
+  /// the ranks have met, from the thread that runs it.
+  struct Presence {
+    std::vector<std::uint32_t> missing;
+    std::vector<std::uint32_t> here;
+  };
+  Presence presence() const;
+
+  /// Its number is known: it is in the flight recorder from now on. `here`: it starts at once.
+  void enterRecord(recorder::Recorder* recorder, std::uint32_t group, bool here);
+
   std::uint32_t number = 0;
   const LocalCall call;
   const std::chrono::milliseconds timeout;
@@ -60,29 +73,34 @@ class LocalOperation final : public local::Watch {
  private:
   enum class State { kWaiting, kRunning, kEnded };
 
-  Status tooLate(TimePoint now) const;
+  std::string title() const;
+  Status tooLate(TimePoint now);
+  Status lacks(const local::Team::Gone& gone);
+  void warnOfLate(TimePoint now);
   Status differs(TimePoint now);
 
   const std::shared_ptr<LocalOperations> owner_;
   const TimePoint started_ = Clock::now();
   const TimePoint deadline_;
+  TimePoint late_at_;
   TimePoint differs_since_ = TimePoint::max();
   std::mutex mutex_;
   CallOptions options_;
   Done done_;
   State state_ = State::kWaiting;
-  Status why_;  // Ok: not cancelled
+  Status why_;                              // Ok: not cancelled
+  std::optional<recorder::Record> record_;  // constant since it has its number
 };
 
 /// Thread safety: every method, from any thread.
-class LocalOperations final : public std::enable_shared_from_this<LocalOperations> {
+class LocalOperations final : public recorder::Source,
+                              public std::enable_shared_from_this<LocalOperations> {
  public:
   using OnNetwork = std::function<void(Group& network, CallOptions options, Done done)>;
 
-  /// `end_network` ends what goes over the network when a rank has died.
-  LocalOperations(const GroupConfig& config, std::shared_ptr<Group> network,
-                  std::function<void(const Status&)> end_network);
-  ~LocalOperations();
+  /// `state`: of the network's group.
+  LocalOperations(const std::shared_ptr<GroupState>& state, std::shared_ptr<Group> network);
+  ~LocalOperations() override;
 
   /// Numbers the call and runs it in its turn: `make` gives its Job, and is called before this
   /// returns; `on_network` runs it on the network, and is kept if that may become necessary.
@@ -100,6 +118,12 @@ class LocalOperations final : public std::enable_shared_from_this<LocalOperation
   std::string whoLeft();
   /// Waits for the thread, unless this is it.
   void join();
+
+  /// The last collective that a rank has joined here.
+  engine::Joined joined(Rank rank) const;
+
+  std::uint64_t called() override { return sequence(); }
+  std::vector<std::string> waitsFor(std::uint64_t lane, std::uint64_t seq) override;
 
   std::uint64_t sequence();
   GroupCounters counters();
@@ -134,9 +158,10 @@ class LocalOperations final : public std::enable_shared_from_this<LocalOperation
   Status mismatch(const LocalOperation& operation) const;
 
   const GroupConfig config_;
+  const std::uint32_t recorded_;
   const int pid_;
   const std::shared_ptr<Group> network_;
-  const std::function<void(const Status&)> end_network_;
+  const std::weak_ptr<GroupState> state_;  // of the network
   const local::Exchange::Layout layout_;
   local::Team team_;
   local::Exchange exchange_;

@@ -15,6 +15,16 @@ wire::Frame Operation::frame() const {
   return frame;
 }
 
+void Operation::describe(recorder::Entry& entry) const {
+  entry.group = info_.group;
+  entry.two_levels = info_.two_levels;
+  entry.lane = info_.lane;
+  entry.seq = info_.seq;
+  entry.call = info_.call;
+  entry.algorithm = info_.way;
+  entry.queued = Clock::now();
+}
+
 Exchange::Exchange(Info info, std::vector<Transfer> transfers, std::weak_ptr<Links> links)
     : Operation(std::move(info)),
       transfers_(std::move(transfers)),

@@ -9,6 +9,7 @@
 #include "collective/pace.h"
 #include "collective/shard_map.h"
 #include "common/clock.h"
+#include "recorder/recorder.h"
 #include "wire/frame.h"
 
 namespace reducer::collective {
@@ -42,11 +43,20 @@ class Operation : public std::enable_shared_from_this<Operation> {
     TimePoint started;
     CallOptions options;
     Done done;
+    // For the flight recorder.
+    recorder::Recorder* recorder = nullptr;
+    std::uint32_t group = 0;
+    std::string_view way;
+    bool two_levels = false;
   };
 
-  explicit Operation(Info info) : info_(std::move(info)) {}
+  explicit Operation(Info info)
+      : info_(std::move(info)),
+        record_(info_.recorder, false, [this](recorder::Entry& entry) { describe(entry); }) {}
   virtual ~Operation() {
-    if (!finished_.exchange(true)) info_.done(Status());
+    if (finished_.exchange(true)) return;
+    record_.ended(Status());
+    info_.done(Status());
   }
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
@@ -70,19 +80,24 @@ class Operation : public std::enable_shared_from_this<Operation> {
   /// before.
   bool fail(const Status& status) {
     if (finished_.exchange(true)) return false;
+    record_.ended(status);
     info_.done(status);
     return true;
   }
   bool finished() const { return finished_; }
   const Info& info() const { return info_; }
+  recorder::Record& record() { return record_; }
 
  protected:
   /// A frame with all that the pieces of this operation have in common.
   wire::Frame frame() const;
 
  private:
+  void describe(recorder::Entry& entry) const;
+
   Info info_;
   std::atomic<bool> finished_{false};
+  recorder::Record record_;
 };
 
 /// Part of a collective's bytes, with one set of pushers and of pullers.

@@ -94,6 +94,7 @@ struct Settings {
   std::chrono::milliseconds heartbeat{10'000};
   /// The group goes on without a standalone reducer that is lost. Equal on all ranks.
   bool failover = true;
+  bool warns = true;  ///< on stderr, of what the user should know and no error says
 
   /// Takes what parseRanges() read.
   void choose(std::vector<SizeRange> by_size);

@@ -24,6 +24,12 @@ std::string seconds(Duration duration) {
   return text;
 }
 
+std::string describeJoined(const Joined& joined) {
+  if (joined.next == 0) return "; no collective is known that it joined";
+  return "; the last collective it joined was #" + std::to_string(joined.next - 1) + ", " +
+         describe(joined.call);
+}
+
 std::string describe(const wire::Call& call) {
   std::string text(nameOf(call.collective));
   if (call.collective == Collective::kBarrier) return text + "()";
@@ -70,6 +76,15 @@ std::string describeWait(const std::string& operation, const wire::Call& call, D
   return operation + ", " + describe(call) + ": timeout after " + seconds(waited) +
          ", waiting for " + list(missing) + "; here " + (here.size() == 1 ? "is " : "are ") +
          list(here);
+}
+
+std::string describeLate(const std::string& operation, const wire::Call& call, Duration waited,
+                         Duration timeout, const std::vector<std::string>& missing) {
+  char limit[32];
+  std::snprintf(limit, sizeof limit, "%g s", std::chrono::duration<double>(timeout).count());
+  return operation + ", " + describe(call) + ": " + list(missing) +
+         (missing.size() == 1 ? " has" : " have") + " not arrived for " + seconds(waited) +
+         " (timeout " + limit + ")";
 }
 
 }  // namespace reducer::engine

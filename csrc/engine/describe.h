@@ -11,6 +11,19 @@
 
 namespace reducer::engine {
 
+/// The last collective that a rank is known to have joined.
+struct Joined {
+  std::uint64_t next = 0;  ///< its number + 1; 0: none
+  wire::Call call;
+
+  void learn(const Joined& other) {
+    if (other.next > next) *this = other;
+  }
+};
+
+/// "; the last collective it joined was #117, all_reduce(sum, float32, 1000 elements)".
+std::string describeJoined(const Joined& joined);
+
 /// "2.5 s".
 std::string seconds(Duration duration);
 
@@ -34,5 +47,9 @@ std::string describeMismatch(const std::string& operation, const std::vector<Cal
 std::string describeWait(const std::string& operation, const wire::Call& call, Duration waited,
                          const std::vector<std::string>& missing,
                          const std::vector<std::string>& here);
+
+/// Long before the timeout: who has not come yet.
+std::string describeLate(const std::string& operation, const wire::Call& call, Duration waited,
+                         Duration timeout, const std::vector<std::string>& missing);
 
 }  // namespace reducer::engine

@@ -73,6 +73,13 @@ std::string Engine::describeWait(const Group& group, const Slot& slot, TimePoint
                               missing, here);
 }
 
+Joined Engine::joined(const std::string& job, Rank rank) const {
+  const auto group = groups_.find(job);
+  if (group == groups_.end() || rank < 0) return {};
+  const std::vector<Member>& members = group->second->members;
+  return static_cast<std::size_t>(rank) < members.size() ? members[rank].joined : Joined();
+}
+
 // ------------------------------------------------------------------ membership
 
 void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& actions) {
@@ -87,7 +94,8 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
   }
   REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
   if (group->members[hello.rank].gone) --group->gone;
-  group->members[hello.rank] = Member{.peer = peer, .host = hello.host, .gone_text = {}};
+  group->members[hello.rank] =
+      Member{.peer = peer, .host = hello.host, .gone_text = {}, .joined = {}};
   ++group->connected;
   places_[peer.get()] = {hello.job, Place{group.get(), hello.rank}};
   if (!peer->in_process) return;
@@ -164,7 +172,7 @@ bool Engine::failIfHopeless(Group& group, Slot& slot, Actions& actions) {
     fail(group, slot.head, Code::kUnavailable,
          nameOperation(group, slot.head) + ", " + describe(slot.head.call) + ": " +
              nameRank(group, rank) + " " + member.gone_text + " before it joined in",
-         actions);
+         actions, member.left ? kAllRanks : rank);
     return true;
   }
   return false;
@@ -214,6 +222,7 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
   slot->mismatch = false;
   slot->since = now;
   slot->deadline = TimePoint::max();
+  slot->late_at = TimePoint::max();
   ++counters_.slots_open;
   return slot;
 }
@@ -292,6 +301,7 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
     reply.length = frame.length;
     reply.code = failure->code;
     reply.text = failure->text;
+    reply.pusher = failure->lost;
     actions.sends.push_back(Outgoing{peer, std::move(reply), {}, false});
     return {};
   }
@@ -312,7 +322,13 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
     slot.deadline = std::min(slot.deadline, now + kMismatchGrace);
   }
   if (frame.timeout_ms != 0) {
-    slot.deadline = std::min(slot.deadline, now + std::chrono::milliseconds(frame.timeout_ms));
+    const Duration timeout = std::chrono::milliseconds(frame.timeout_ms);
+    slot.deadline = std::min(slot.deadline, now + timeout);
+    // Of an operation's slots one speaks.
+    const std::uint64_t lane = frame.slot.lane;
+    if (frame.slot.chunk == 0 && (lane == wire::kCollectiveLane || wire::isPairLane(lane))) {
+      slot.late_at = std::min(slot.late_at, now + timeout / 3);
+    }
   }
   arrive(group, slot, peer, rank, frame, std::move(payload), actions);
   return {};
@@ -323,6 +339,9 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   slot.arrived[rank] = 1;
   ++slot.parts;
   slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
+  if (wire::operationLane(frame.slot.lane) == wire::kCollectiveLane) {
+    group.members[rank].joined.learn({frame.slot.seq + 1, frame.call});
+  }
   if (slot.mismatch) {
     // Of a rail only carriers come, too few to say who called what: that is said at the slot where
     // all ranks show their calls. This one speaks up only if none of the others does.
@@ -433,9 +452,9 @@ void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival
 // ------------------------------------------------------------------ failure
 
 void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
-                  Actions& actions) {
+                  Actions& actions, Rank lost) {
   const OperationId id = operationOf(head.slot);
-  Failure failure{id, code, text, std::vector<char>(group.members.size(), 0), 0};
+  Failure failure{id, code, text, lost, std::vector<char>(group.members.size(), 0), 0};
   if (group.failures.size() >= kFailuresKept) group.failures.pop_front();
   group.failures.push_back(std::move(failure));
   for (auto it = group.slots.begin(); it != group.slots.end();) {
@@ -451,6 +470,7 @@ void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::s
       reply.length = arrival.length;
       reply.code = code;
       reply.text = text;
+      reply.pusher = lost;
       actions.sends.push_back(Outgoing{arrival.peer, std::move(reply), {}, false});
     }
     ++counters_.slots_failed;
@@ -481,11 +501,36 @@ Status Engine::onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& 
   return {};
 }
 
+/// All that are here get the text; one of them, `pusher`, is to say it aloud.
+void Engine::tellLate(const Group& group, const Slot& slot, TimePoint now, Actions& actions) {
+  if (slot.arrivals.empty()) return;
+  std::vector<std::string> missing;
+  for (Rank rank = 0; rank < static_cast<Rank>(group.members.size()); ++rank) {
+    if (slot.arrived[rank] || !takesPart(group, slot, rank)) continue;
+    if (group.members[rank].gone) return;  // of that the operation ends
+    missing.push_back(nameRank(group, rank));
+  }
+  wire::Frame news;
+  news.kind = wire::FrameKind::kLate;
+  news.slot = slot.head.slot;
+  news.pusher = slot.arrivals.front().rank;
+  for (const Arrival& arrival : slot.arrivals) news.pusher = std::min(news.pusher, arrival.rank);
+  news.text =
+      engine::describeLate(nameOperation(group, slot.head), slot.head.call, now - slot.since,
+                           std::chrono::milliseconds(slot.head.timeout_ms), missing);
+  for (const Arrival& arrival : slot.arrivals) {
+    actions.sends.push_back(Outgoing{arrival.peer, news, {}, false});
+  }
+}
+
 void Engine::tick(TimePoint now, Actions& actions) {
   for (auto& [job, group] : groups_) {
     std::vector<wire::SlotId> late;
     for (const auto& [id, slot] : group->slots) {
       if (slot->deadline <= now) late.push_back(id);
+      if (slot->late_at > now) continue;
+      slot->late_at = TimePoint::max();
+      if (!slot->mismatch && slot->deadline > now) tellLate(*group, *slot, now, actions);
     }
     for (const wire::SlotId& id : late) {
       const auto found = group->slots.find(id);

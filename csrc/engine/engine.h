@@ -21,6 +21,7 @@
 #include "common/placement.h"
 #include "common/status.h"
 #include "common/types.h"
+#include "engine/describe.h"
 #include "wire/frame.h"
 
 namespace reducer::engine {
@@ -120,8 +121,12 @@ class Engine {
   /// text.
   Status onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions);
 
-  /// Fails what has waited too long.
+  /// Fails what has waited too long, and tells those who have waited a third of that who is
+  /// missing.
   void tick(TimePoint now, Actions& actions);
+
+  /// The last collective of which a push of that rank came here.
+  Joined joined(const std::string& job, Rank rank) const;
 
   const EngineCounters& counters() const { return counters_; }
 
@@ -136,6 +141,7 @@ class Engine {
     std::uint64_t acked = 0;
     std::uint32_t acked_epoch = 0;
     std::uint32_t settled = 0;  // epoch
+    Joined joined;
   };
   struct Arrival {
     Rank rank;
@@ -157,12 +163,14 @@ class Engine {
     bool mismatch = false;
     TimePoint since;
     TimePoint deadline;
+    TimePoint late_at;  // when those who are here are told who is not
   };
   using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
   struct Failure {
     OperationId id;
     Code code;
     std::string text;
+    Rank lost;                    // why, or kAllRanks
     std::vector<char> cancelled;  // by rank
     std::size_t cancels = 0;
   };
@@ -192,6 +200,7 @@ class Engine {
   static std::string nameOperation(const Group& group, const wire::Frame& head);
   static std::string describeMismatch(const Group& group, const Slot& slot);
   static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);
+  static void tellLate(const Group& group, const Slot& slot, TimePoint now, Actions& actions);
   static Failure* findFailure(Group& group, OperationId id);
   static void tellLeft(const PeerRef& peer, Rank left, Actions& actions);
   static void tellReceiver(const Group& group, const Slot& slot, Actions& actions);
@@ -212,8 +221,9 @@ class Engine {
   static void answerAll(const Group& group, const Slot& slot, std::vector<Outgoing>& replies);
   static void answer(const Group& group, const Slot& slot, const Arrival& arrival,
                      const wire::Frame& result, std::vector<Outgoing>& replies);
+  /// `lost`: the rank that died and is waited for, or kAllRanks.
   void fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
-            Actions& actions);
+            Actions& actions, Rank lost = kAllRanks);
   bool failIfHopeless(Group& group, Slot& slot, Actions& actions);
   /// Pieces of an owner that is lost may still come here from ranks that are there.
   static bool moving(const Group& group);

@@ -83,6 +83,20 @@ std::optional<CallWords> Exchange::callOf(std::uint32_t place, std::uint32_t num
   return call;
 }
 
+std::optional<Exchange::Last> Exchange::lastOf(std::uint32_t place) const {
+  std::optional<Last> last;
+  for (const std::uint32_t parity : {0u, 1u}) {
+    const std::uint64_t tag = record(place, parity).tag.load(std::memory_order_acquire);
+    if (tag == 0) continue;
+    const auto number = static_cast<std::uint32_t>(tag - 1);
+    const auto call = callOf(place, number);
+    if (call && (!last || static_cast<std::int32_t>(number - last->number) > 0)) {
+      last = Last{number, *call};
+    }
+  }
+  return last;
+}
+
 // Only where the next operation was given up without this rank can somebody have gone on to the one
 // after it, whose records and slots are these; that rank may not have shown it yet.
 bool Exchange::stale(std::uint32_t number) const {

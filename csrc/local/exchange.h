@@ -42,6 +42,14 @@ class Exchange {
   /// What a place calls in operation `number`, if it has arrived there; else nothing.
   std::optional<CallWords> callOf(std::uint32_t place, std::uint32_t number) const;
 
+  /// The last operation at which a place has arrived, even if its process has ended since; nothing:
+  /// none yet.
+  struct Last {
+    std::uint32_t number;
+    CallWords call;
+  };
+  std::optional<Last> lastOf(std::uint32_t place) const;
+
  private:
   struct Record {
     std::atomic<std::uint64_t> tag;   // number of the operation + 1

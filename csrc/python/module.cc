@@ -193,6 +193,12 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("samples"), py::arg("ranks"), py::arg("hosts"), py::arg("servers"));
 
+  m.def(
+      "recorded",
+      [](const std::string& reason) {
+        return withoutGil([&] { return runtime::recorded(reason); });
+      },
+      py::arg("reason"));
   m.def("host_label", &runtime::hostLabel);
   m.def("host_identity", &runtime::hostIdentity);
   m.def(

@@ -21,7 +21,18 @@ struct Shared {
   std::weak_ptr<Runtime> runtime;
   RuntimeOptions options;
   pid_t owner = 0;
+  recorder::Recorder* recorder = nullptr;  // never destroyed: it is asked after the groups' end
 };
+
+/// The process' recorder; another one if it is to be of another size.
+recorder::Recorder* recorderOf(Shared& shared, std::size_t entries) {
+  if (entries == 0) {
+    shared.recorder = nullptr;
+  } else if (shared.recorder == nullptr || shared.recorder->entries() != entries) {
+    shared.recorder = new recorder::Recorder(entries);
+  }
+  return shared.recorder;
+}
 
 /// What a carrier means between processes: shared memory is a matter of each group.
 transport::Network networkOf(collective::Carrier carrier) {
@@ -102,6 +113,10 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
   const bool v6 = options.bind_host.find(':') != std::string::npos;
   const std::string host = v6 ? "[" + options.bind_host + "]" : options.bind_host;
   if (Status status = runtime->server_->listen(host + ":0"); !status.ok()) return status;
+  runtime->recorder_ = recorderOf(s, options.recorder_entries);
+  if (runtime->recorder_ != nullptr) {
+    runtime->dumper_ = std::make_unique<recorder::Dumper>(*runtime->recorder_, options.dumps);
+  }
   s.runtime = runtime;
   s.options = options;
   s.owner = runtime->owner_;
@@ -110,13 +125,28 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
 
 Runtime::~Runtime() {
   if (owner_ != getpid()) {  // a forked child: the threads to be joined are not here
+    (void)dumper_.release();
     (void)server_.release();
     (void)transport_.release();
     return;
   }
+  dumper_.reset();
   if (server_) server_->finish(kFinishTimeout);
   server_.reset();
   transport_.reset();
+}
+
+std::string recorded(const std::string& reason) {
+  recorder::Recorder* recorder = nullptr;
+  std::shared_ptr<Runtime> runtime;  // groups that are asked must not outlive it
+  {
+    Shared& s = shared();
+    const std::lock_guard lock(s.mutex);
+    if (s.owner != getpid()) return {};  // what a fork left of it may be locked for ever
+    recorder = s.recorder;
+    runtime = s.runtime.lock();
+  }
+  return recorder == nullptr ? std::string() : recorder->dump(reason);
 }
 
 }  // namespace reducer::runtime

@@ -9,6 +9,8 @@
 
 #include "collective/settings.h"
 #include "common/status.h"
+#include "recorder/dumper.h"
+#include "recorder/recorder.h"
 #include "server/server.h"
 #include "transport/transport.h"
 
@@ -19,6 +21,9 @@ struct RuntimeOptions {
   int threads = 1;                          ///< completion-queue threads
   std::string congestion_control = "auto";  ///< as in transport::GrpcOptions
   collective::Carrier carrier = collective::Carrier::kAuto;
+  /// The flight recorder: how many calls it keeps (0: there is none), and how it is written.
+  std::size_t recorder_entries = 0;
+  recorder::Dumper::Options dumps;
 };
 
 /// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).
@@ -31,6 +36,8 @@ class Runtime {
   ~Runtime();
   transport::Transport& transport() { return *transport_; }
   server::ReducerServer& server() { return *server_; }
+  /// Null: there is none. It outlives the runtime.
+  recorder::Recorder* recorder() { return recorder_; }
   /// "host:port" where other workers reach the reducer inside this process.
   std::string address() const { return server_->address(); }
 
@@ -39,7 +46,13 @@ class Runtime {
   int owner_ = 0;  // the process that has the threads
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<server::ReducerServer> server_;
+  recorder::Recorder* recorder_ = nullptr;
+  std::unique_ptr<recorder::Dumper> dumper_;
 };
+
+/// What the flight recorder of this process holds, as JSON; empty: there was none yet, or it is
+/// switched off.
+std::string recorded(const std::string& reason);
 
 /// "hostname:pid" of this process.
 std::string hostLabel();

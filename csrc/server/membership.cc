@@ -98,7 +98,17 @@ void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
   told();
 }
 
+engine::Joined ServerState::joined(const std::string& job, Rank rank) const {
+  engine::Joined joined;
+  for (const auto& shard : shards) {
+    const std::lock_guard lock(shard->mutex);
+    joined.learn(shard->engine.joined(job, rank));
+  }
+  return joined;
+}
+
 void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
+  const engine::Joined last = joined(hello.job, hello.rank);
   {
     const std::lock_guard lock(registry_mutex);
     const auto found = groups.find(hello.job);
@@ -118,8 +128,9 @@ void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
     frame.kind = wire::FrameKind::kEpoch;
     frame.epoch = record.epoch;
     frame.owners = {static_cast<std::uint32_t>(hello.rank)};
-    frame.text = who + " of group '" + hello.group + "' was lost (" + why.message() +
-                 "); make a new group without it, or restart it";
+    frame.text = who + " of group '" + hello.group + "' was lost (" + why.message() + ")";
+    frame.slot.seq = last.next;
+    frame.call = last.call;
     tell(hello.job, std::move(frame));
   }
   told();

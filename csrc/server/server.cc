@@ -321,6 +321,10 @@ ServerStats ReducerServer::stats() const {
   return stats;
 }
 
+engine::Joined ReducerServer::joined(const std::string& job, Rank rank) const {
+  return state_->joined(job, rank);
+}
+
 void ReducerServer::drain() {
   {
     const std::lock_guard lock(state_->registry_mutex);

@@ -77,6 +77,10 @@ class ReducerServer {
 
   ServerStats stats() const;
 
+  /// The last collective of which a push of that rank came here; for what is said of it when it
+  /// dies.
+  engine::Joined joined(const std::string& job, Rank rank) const;
+
   /// From now on no new group is taken in; the groups at work go on.
   void drain();
 

@@ -88,6 +88,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   void held(const wire::Hello& hello, const wire::Frame& frame);
   /// A worker is lost: the others of its group are told, or have to leave this reducer.
   void loseWorker(const wire::Hello& hello, const Status& why);
+  engine::Joined joined(const std::string& job, Rank rank) const;
   void evict(TimePoint now);
   void expireReturns(TimePoint now);
   /// Closes the connections of the groups that go on without this reducer.

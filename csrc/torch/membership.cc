@@ -257,6 +257,7 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::derive(
   config.world_size = static_cast<std::int32_t>(ranks.size());
   config.workers.clear();
   config.places.clear();
+  config.hosts.clear();
   config.worker_bandwidths.clear();
   if (config.servers != config_.servers) config.server_bandwidths.clear();
   std::vector<std::uint64_t> global_ranks;
@@ -264,6 +265,7 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::derive(
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     if (ranks[i] == rank_) config.rank = static_cast<Rank>(i);
     config.workers.push_back(config_.workers[ranks[i]]);
+    if (!config_.hosts.empty()) config.hosts.push_back(config_.hosts[ranks[i]]);
     if (!config_.places.empty()) config.places.push_back(config_.places[ranks[i]]);
     if (!config_.worker_bandwidths.empty() && config.servers == config_.servers)
       config.worker_bandwidths.push_back(config_.worker_bandwidths[ranks[i]]);

@@ -30,11 +30,16 @@ collective::Carrier carrierOf(const std::string& name) {
 class RuntimeHold {
  public:
   RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
-              const std::string& transport) {
+              const std::string& transport, std::size_t recorder_entries,
+              const std::string& recorder_dir, int recorder_signal, bool warns) {
     runtime::RuntimeOptions options;
     options.carrier = carrierOf(transport);
     options.bind_host = bind_host;
     options.congestion_control = congestion_control;
+    options.recorder_entries = recorder_entries;
+    options.dumps.folder = recorder_dir;
+    options.dumps.signal = recorder_signal;
+    options.dumps.tells = warns;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
       const py::gil_scoped_release without_gil;
       return runtime::Runtime::acquire(options);
@@ -78,12 +83,13 @@ py::list explain(ReducerBackend& backend, std::uint64_t nbytes) {
 c10::intrusive_ptr<ReducerBackend> makeBackend(
     const RuntimeHold& hold, const py::bytes& job, const std::string& name, int rank,
     int world_size, std::vector<std::string> workers, std::vector<std::string> servers,
-    std::vector<std::string> places, std::vector<std::uint64_t> worker_bandwidths,
-    std::vector<std::uint64_t> server_bandwidths,
+    std::vector<std::string> places, std::vector<std::string> hosts,
+    std::vector<std::uint64_t> worker_bandwidths, std::vector<std::uint64_t> server_bandwidths,
     const std::vector<collective::SampleTuple>& samples, bool measures,
     const std::string& algorithm, const std::string& transport, std::size_t chunk_bytes,
-    std::size_t window_bytes, bool checksum, Milliseconds connect_timeout, Milliseconds heartbeat,
-    bool failover, Milliseconds timeout, std::vector<std::uint64_t> global_ranks) {
+    std::size_t window_bytes, bool checksum, bool warns, Milliseconds connect_timeout,
+    Milliseconds heartbeat, bool failover, Milliseconds timeout,
+    std::vector<std::uint64_t> global_ranks) {
   collective::GroupConfig config;
   config.job = job;
   config.name = name;
@@ -92,6 +98,7 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.workers = std::move(workers);
   config.servers = std::move(servers);
   config.host = runtime::hostLabel();
+  config.recorder = hold.runtime()->recorder();
   Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
@@ -100,12 +107,14 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.settings.samples = std::move(measured).value();
   config.settings.measures = measures;
   config.places = std::move(places);
+  config.hosts = std::move(hosts);
   config.worker_bandwidths = std::move(worker_bandwidths);
   config.server_bandwidths = std::move(server_bandwidths);
   config.settings.carrier = carrierOf(transport);
   config.settings.chunk_bytes = chunk_bytes;
   config.settings.window_bytes = window_bytes;
   config.settings.checksum = checksum;
+  config.settings.warns = warns;
   config.settings.connect_timeout = connect_timeout;
   config.settings.heartbeat = heartbeat;
   config.settings.failover = failover;
@@ -152,8 +161,11 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&, const std::string&, const std::string&>(),
-           py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"))
+      .def(py::init<const std::string&, const std::string&, const std::string&, std::size_t,
+                    const std::string&, int, bool>(),
+           py::kw_only(), py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"),
+           py::arg("recorder_entries"), py::arg("recorder_dir"), py::arg("recorder_signal"),
+           py::arg("warns"))
       .def_property_readonly("address", &RuntimeHold::address);
 
   const auto copied = [](const ReducerOptions& options) {
@@ -184,11 +196,12 @@ PYBIND11_MODULE(_torch, m) {
   py::class_<ReducerBackend, c10d::Backend, c10::intrusive_ptr<ReducerBackend>>(m, "ReducerBackend")
       .def(py::init(&makeBackend), py::kw_only(), py::arg("runtime"), py::arg("job"),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("workers"),
-           py::arg("servers"), py::arg("places"), py::arg("worker_bandwidths"),
+           py::arg("servers"), py::arg("places"), py::arg("hosts"), py::arg("worker_bandwidths"),
            py::arg("server_bandwidths"), py::arg("samples"), py::arg("measures"),
            py::arg("algorithm"), py::arg("transport"), py::arg("chunk_bytes"),
-           py::arg("window_bytes"), py::arg("checksum"), py::arg("connect_timeout"),
-           py::arg("heartbeat"), py::arg("failover"), py::arg("timeout"), py::arg("global_ranks"))
+           py::arg("window_bytes"), py::arg("checksum"), py::arg("warns"),
+           py::arg("connect_timeout"), py::arg("heartbeat"), py::arg("failover"),
+           py::arg("timeout"), py::arg("global_ranks"))
       .def_property_readonly("options", &ReducerBackend::getBackendOptions)
       .def_property_readonly(
           "algorithm",

@@ -31,7 +31,8 @@ enum class FrameKind : std::uint8_t {
   // How a lost reducer is replaced: docs/protocol.md.
   kLost = 10,   ///< worker -> rank 0's reducer: `owners` are lost to this rank
   kEpoch = 11,  ///< rank 0's reducer -> worker: `owners` are lost, for all, in this epoch; those
-                ///< that were and are no more take part again from operation `slot.seq` on
+                ///< that were and are no more take part again from operation `slot.seq` on; or a
+                ///< worker is, whose last known collective is `call`, and its number + 1 slot.seq
   kSettled =
       12,      ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
   kBeat = 13,  ///< both ways: this end is alive
@@ -39,6 +40,8 @@ enum class FrameKind : std::uint8_t {
                ///< `owners` again; the other way: have one, and say so. `epoch`: of which attempt
   kHold = 15,  ///< rank 0's reducer -> worker: start no operation until the next kEpoch; the other
                ///< way: so it is, from operation `slot.seq` on. `epoch`: of which attempt
+  kLate = 16,  ///< reducer -> worker: `text` says who is missing from a slot for long; rank
+               ///< `pusher` is to say it aloud
 };
 
 /// Which slot of a group a frame belongs to.
@@ -90,7 +93,8 @@ struct Frame {
   std::uint32_t epoch = 0;  ///< how many changes of owners the sender knows of; kResult: `acked`'s
   SlotId slot;
   Call call;
-  Rank pusher = kAllRanks;       ///< the one rank that pushes, a rail, or kAllRanks
+  /// The one rank that pushes, a rail, or kAllRanks. kError: the rank whose death is the reason.
+  Rank pusher = kAllRanks;
   Rank puller = kAllRanks;       ///< the one rank that pulls, a rail, or kAllRanks
   std::uint64_t offset = 0;      ///< bytes, within the operation's transfer
   std::uint64_t length = 0;      ///< bytes of this chunk (payload size where there is a payload)
@@ -106,7 +110,7 @@ struct Frame {
   bool again = false;
   std::vector<std::uint32_t> owners;  ///< kLost, kEpoch, kBack: indexes of owners, rising
   Code code = Code::kOk;              ///< kError, kCancel
-  std::string text;                   ///< kError, kCancel: the message
+  std::string text;                   ///< kError, kCancel, kLate: the message
   Hello hello;                        ///< kHello; kWelcome: version, and host = the reducer's
   bool operator==(const Frame&) const = default;
 };

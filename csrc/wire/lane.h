@@ -56,6 +56,10 @@ constexpr Rank senderOf(std::uint64_t pair_lane) {
   return static_cast<Rank>(pair_lane >> 44 & 0xFFF);
 }
 
+constexpr Rank receiverOf(std::uint64_t pair_lane) {
+  return static_cast<Rank>(pair_lane >> 32 & 0xFFF);
+}
+
 constexpr std::uint32_t tagOf(std::uint64_t pair_lane) {
   return static_cast<std::uint32_t>(pair_lane);
 }

@@ -224,13 +224,43 @@ TEST_F(EngineTest, TimeoutNamesTheMissingRanks) {
   makeGroup(3);
   ASSERT_TRUE(give(1, push(4, 2), floats({1, 2})).ok());
   advance(std::chrono::milliseconds(4900));
-  EXPECT_TRUE(got_[1].empty());
+  EXPECT_EQ(got_[1].back().frame.kind, wire::FrameKind::kLate);
   advance(std::chrono::milliseconds(200));
   EXPECT_EQ(got_[1].back().frame.code, Code::kTimeout);
   EXPECT_EQ(errorOf(1),
             "group 'default', collective #4, all_reduce(sum, float32, 2 elements): timeout after "
             "5.1 s, waiting for rank 0 "
             "(host0:100), rank 2 (host2:102); here is rank 1 (host1:101)");
+  expectEmpty();
+}
+
+TEST_F(EngineTest, WhoIsHereIsToldOnceOfThoseWhoAreLate) {
+  makeGroup(4);
+  ASSERT_TRUE(give(3, push(4, 2), floats({1, 2})).ok());
+  ASSERT_TRUE(give(3, push(4, 2, /*chunk=*/1), floats({1, 2})).ok());
+  advance(std::chrono::milliseconds(1000));
+  ASSERT_TRUE(give(1, push(4, 2), floats({1, 2})).ok());
+  advance(std::chrono::milliseconds(600));
+  EXPECT_TRUE(got_[3].empty());
+  advance(std::chrono::milliseconds(100));
+  advance(std::chrono::milliseconds(1000));
+  for (const Rank rank : {1, 3}) {
+    ASSERT_EQ(got_[rank].size(), 1u) << "one slot speaks, once";
+    const wire::Frame& news = got_[rank].back().frame;
+    EXPECT_EQ(news.kind, wire::FrameKind::kLate);
+    EXPECT_EQ(news.slot, push(4, 2).slot);
+    EXPECT_EQ(news.pusher, 1) << "the lowest rank that is here says it aloud";
+    EXPECT_EQ(news.text,
+              "group 'default', collective #4, all_reduce(sum, float32, 2 elements): rank 0 "
+              "(host0:100), rank 2 (host2:102) have not arrived for 1.7 s (timeout 5 s)");
+  }
+  for (const Rank rank : {0, 2}) {
+    for (const std::uint32_t chunk : {0u, 1u}) {
+      ASSERT_TRUE(give(rank, push(4, 2, chunk), floats({1, 2})).ok());
+    }
+  }
+  ASSERT_TRUE(give(1, push(4, 2, 1), floats({1, 2})).ok());
+  EXPECT_EQ(got_[1].back().frame.kind, wire::FrameKind::kResult);
   expectEmpty();
 }
 
@@ -244,10 +274,37 @@ TEST_F(EngineTest, ALostRankFailsWhatWaitsForItAndWhatComesLater) {
       errorOf(0),
       "group 'default', collective #0, all_reduce(sum, float32, 1 element): rank 1 (host1:101) was "
       "lost (connection reset) before it joined in");
+  EXPECT_EQ(got_[0].back().frame.pusher, 1);
   ASSERT_TRUE(give(0, push(1, 1), floats({1})).ok());
   EXPECT_EQ(got_[0].size(), 2u);
+  EXPECT_EQ(got_[0].back().frame.pusher, 1);
   EXPECT_EQ(got_[0].back().frame.code, Code::kUnavailable);
   expectEmpty();
+}
+
+TEST_F(EngineTest, TheLastCollectiveOfARankIsKnownEvenWhenItIsLost) {
+  makeGroup(2);
+  const std::string job = "0123456789abcdef";
+  EXPECT_EQ(engine_.joined(job, 1).next, 0u);
+  EXPECT_EQ(describeJoined(engine_.joined(job, 1)), "; no collective is known that it joined");
+  wire::Frame second = push(8, 3);
+  second.slot.lane = wire::partLane(1);  // a part of a gather is a part of the collective
+  second.puller = 0;
+  second.pusher = 1;
+  ASSERT_TRUE(give(1, push(7, 2), floats({1, 2})).ok());
+  ASSERT_TRUE(give(1, second, floats({1, 2, 3})).ok());
+  wire::Frame sent = push(30, 2);
+  sent.slot.lane = wire::pairLane(1, 0, 0);
+  sent.pusher = 1;
+  sent.puller = 0;
+  ASSERT_TRUE(give(1, sent, floats({1, 2})).ok());
+  Actions actions;
+  engine_.leave(workers_[1], Status(Code::kUnavailable, "connection reset"), actions);
+  EXPECT_EQ(describeJoined(engine_.joined(job, 1)),
+            "; the last collective it joined was #8, all_reduce(sum, float32, 3 elements)");
+  EXPECT_EQ(engine_.joined(job, 0).next, 0u);
+  EXPECT_EQ(engine_.joined(job, 2).next, 0u);
+  EXPECT_EQ(engine_.joined("another job", 1).next, 0u);
 }
 
 TEST_F(EngineTest, ARankThatLeftAfterItsPartHarmsNobody) {

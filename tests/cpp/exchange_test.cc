@@ -421,6 +421,12 @@ TEST(Exchange, AWorkerThatDiesInTheMiddleFailsTheOthersSoonAndByName) {
         EXPECT_FALSE(second[r].status.ok());
         EXPECT_NE(second[r].status.message().find("rank 2"), std::string::npos)
             << second[r].status.message();
+        const std::string joined = outcomes[r].status.ok()
+                                       ? "the last collective it joined was #0, all_reduce(sum, "
+                                         "float32, 30000 elements)"
+                                       : "it joined";
+        EXPECT_NE(second[r].status.message().find(joined), std::string::npos)
+            << second[r].status.message();
       }
       cluster.expectNothingHeld(/*dead=*/2);
     }

@@ -87,7 +87,7 @@ inline wire::Hello anyHello(Random& random) {
 inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
                             std::size_t& payload_nbytes) {
   wire::Frame frame;
-  const std::uint64_t kind = 1 + upTo(random, 12);  // 8 and 9 never leave a process
+  const std::uint64_t kind = 1 + upTo(random, 13);  // 8 and 9 never leave a process
   frame.kind = static_cast<wire::FrameKind>(kind < 8 ? kind : kind + 2);
   payload_nbytes = 0;
   frame.epoch = static_cast<std::uint32_t>(anyNumber(random, 32));
@@ -109,6 +109,10 @@ inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
     if (upTo(random, 1) == 1) frame.text = anyText(random);
   }
   if (frame.kind == wire::FrameKind::kSettled) frame.acked = anyNumber(random, 64);
+  if (frame.kind == wire::FrameKind::kLate) {
+    frame.pusher = anyRankOrAll(random);
+    frame.text = anyText(random);
+  }
   if (frame.kind == wire::FrameKind::kError || frame.kind == wire::FrameKind::kCancel) {
     frame.fatal = upTo(random, 1) == 1;
     frame.code = static_cast<Code>(upTo(random, 8));

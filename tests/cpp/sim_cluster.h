@@ -114,7 +114,10 @@ class SimCluster {
     config.world_size = options_.workers;
     config.workers = worker_addresses_;
     config.servers = server_addresses_;
-    config.host = "worker" + std::to_string(rank) + ":1";
+    for (Rank r = 0; r < options_.workers; ++r) {
+      config.hosts.push_back("worker" + std::to_string(r) + ":1");
+    }
+    config.host = config.hosts[rank];
     config.settings = options_.settings;
     config.places = options_.places;
     // Shared memory is found by the job, and other tests may run beside this one.

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
 import ranks as harness
 from accelerator.worlds import WORLDS, World
+
+# What the flight recorders of tests write goes with them. (Here: before the server that forks ranks starts.)
+if "REDUCER_RECORDER_DIR" not in os.environ:
+    os.environ["REDUCER_RECORDER_DIR"] = tempfile.mkdtemp(prefix="reducer-dumps-")
+    atexit.register(shutil.rmtree, os.environ["REDUCER_RECORDER_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(name="run_ranks")

@@ -71,6 +71,8 @@ def test_version() -> None:
             ],
         ),
         (("stats",), ["HOST:PORT", "--json", "reserved"]),
+        (("dump",), ["PID", "reducer-JOB", "REDUCER_RECORDER_DIR", "RTMIN+5"]),
+        (("blame",), ["PATH", "--verbose", "--json", "reducer dump"]),
         (("info",), ["settings in effect"]),
         (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png", "--explain"]),
         (("tune",), ["--output", "--chunks", "--reducers", "REDUCER_TUNING", "torchrun"]),

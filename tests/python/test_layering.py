@@ -19,6 +19,7 @@ MAY_INCLUDE: dict[str, frozenset[str]] = {
     "kernels": frozenset({"common"}),
     "local": frozenset({"common", "kernels"}),
     "wire": frozenset({"common"}),
+    "recorder": frozenset({"common", "wire"}),
     "engine": frozenset({"common", "kernels", "wire"}),
     "transport": frozenset({"common", "wire"}),
     "transport/net": frozenset({"common", "transport"}),
@@ -27,9 +28,9 @@ MAY_INCLUDE: dict[str, frozenset[str]] = {
     "transport/hosts": frozenset({"common", "transport", "transport/net", "transport/tcp", "transport/grpc"}),
     "transport/sim": frozenset({"common", "wire", "transport"}),
     "server": frozenset({"common", "wire", "engine", "transport"}),
-    "collective": frozenset({"common", "kernels", "local", "wire", "engine", "transport", "server"}),
+    "collective": frozenset({"common", "kernels", "local", "wire", "recorder", "engine", "transport", "server"}),
     "simulate": frozenset({"common", "transport", "transport/sim", "server", "collective"}),
-    "runtime": frozenset({"common", "wire", "transport", "transport/hosts", "server", "collective"}),
+    "runtime": frozenset({"common", "wire", "recorder", "transport", "transport/hosts", "server", "collective"}),
     "torch": frozenset({"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime"}),
     "python": frozenset(
         {"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime", "simulate"}

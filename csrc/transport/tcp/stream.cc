@@ -316,7 +316,9 @@ void Stream::refuse(const std::string& why) {
 Status Stream::lost() {
   const std::lock_guard lock(mutex_);
   return Status(Code::kUnavailable, "the connection to " + peer_ + " was lost" +
-                                        (error_ == 0 ? "" : ": " + net::errorText(error_)));
+                                        (error_ == 0 ? ": it ended without a goodbye, as it does "
+                                                       "when a process dies"
+                                                     : ": " + net::errorText(error_)));
 }
 
 // ------------------------------------------------------------------ closing
