@@ -20,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reducer._shrink import shrink
     from reducer.errors import (
         AbortedError,
         InternalError,
@@ -47,14 +48,16 @@ __all__ = [
     "UnavailableError",
     "VersionError",
     "__version__",
+    "shrink",
 ]
 
+_MODULE_OF = {"Options": "reducer.options", "shrink": "reducer._shrink"}
 _ENTRY_POINT_GROUP = "torch.backends"
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "reducer.options" if name == "Options" else "reducer.errors"
+        module = _MODULE_OF.get(name, "reducer.errors")
         return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'reducer' has no attribute {name!r}")
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from reducer import _core, errors, tuning
+from reducer import _core, _door, errors, tuning
 from reducer.options import Options, Settings, resolve
 
 if TYPE_CHECKING:
@@ -113,8 +113,10 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         settings = resolve(backend_options)
         _set_log_level(settings.log)
         native = load_native()
+        bind_host = _bind_host(place, settings)
+        door = _door.door_at(bind_host)
         runtime = native.Runtime(
-            bind_host=_bind_host(place, settings),
+            bind_host=bind_host,
             congestion_control=settings.congestion_control,
             transport=settings.transport,
         )
@@ -124,10 +126,11 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
     except Exception as error:
         _publish_failure(place, error)
         raise
-    _publish_entry(place, runtime.address, settings)
+    _publish_entry(place, runtime.address, door.address, settings)
     verdict = _conclude(place, settings) if place.rank == 0 else _await_verdict(place)
     if verdict["flat"] and place.rank == 0:
         log.warning(place.says("%s; every rank goes over the network for itself"), verdict["flat"])
+    _door.remember(verdict["workers"], verdict["doors"])
     backend: _torch.ReducerBackend = native.ReducerBackend(
         runtime=runtime,
         job=bytes.fromhex(verdict["job"]),
@@ -205,10 +208,11 @@ def _bind_host(place: _Place, settings: Settings) -> str:
 # ---------------------------------------------------------------- what ranks tell each other
 
 
-def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
+def _publish_entry(place: _Place, address: str, door: str, settings: Settings) -> None:
     shared = {"reducer": _core.version, "protocol": str(_core.protocol_version), **settings.shared}
     entry = {
         "address": address,
+        "door": door,
         "host": place.host,
         # Tests play several hosts on one machine.
         "place": os.environ.get("REDUCER_TEST_PLACE") or _core.host_identity(),
@@ -327,6 +331,7 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
         verdict: dict[str, Any] = {
             "job": secrets.token_hex(16),
             "workers": [entries[rank]["address"] for rank in range(place.world_size)],
+            "doors": [entries[rank]["door"] for rank in range(place.world_size)],
             "servers": servers,
             "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items()) if settings.bandwidth],
             "server_bandwidths": server_bandwidths,
