@@ -154,6 +154,10 @@ class _Call:
         self._left += text
 
     @property
+    def known(self) -> bool:
+        return self._connected or self.dead
+
+    @property
     def delivered(self) -> bool:
         return self._connected and not self._left
 
@@ -267,6 +271,10 @@ class Calls(Generic[Key]):
             selector.select(wait_s)
         for call in self._calls.values():
             call.step()
+
+    def all_known(self) -> bool:
+        """Whether it is known of all whether they live."""
+        return all(call.known for call in self._calls.values())
 
     def dead(self) -> set[Key]:
         """Those who refused: their processes have ended."""

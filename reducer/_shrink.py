@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from reducer import _agreement, _door, errors
@@ -43,7 +44,7 @@ def shrink(group: dist.ProcessGroup | None = None, *, timeout: float | timedelta
     """
     old: Any = group if group is not None else c10d._get_default_group()
     patience = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    backend = _native_of(old)
+    backend: Any = _native_of(old)
     backend.abort()
     said = f"[rank {backend.rank()}, group {backend.options.group_name}] shrink: "
     ranks = list(range(backend.size()))  # of the old group
@@ -101,9 +102,9 @@ def _common_store(backend: Any, old: Any) -> Any:
         kept = old
     elif kept is None:
         host, port = _door.split_address(address)
-        kept = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        kept = TCPStore(host, port, is_master=False, wait_for_workers=False)
     # Names of groups begin anew, and what was under them is of other ranks.
-    return dist.PrefixStore(f"shrunk/{backend.job.hex()}", kept)
+    return PrefixStore(f"shrunk/{backend.job.hex()}", kept)
 
 
 def _answers(store: Any) -> bool:
@@ -111,18 +112,18 @@ def _answers(store: Any) -> bool:
     patience = store.timeout
     try:
         store.set_timeout(timedelta(seconds=_STORE_S / 2))
-        store.set("reducer/asked", "1")
+        store.add("reducer/asked", 1)  # which waits for an answer, as set() does not
         store.set_timeout(patience)
     except RuntimeError:  # each kind of store has its own
         return False
     return True
 
 
-def _hold_store(host: str) -> tuple[dist.TCPStore, str]:
+def _hold_store(host: str) -> tuple[TCPStore, str]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
     )
     return store, f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
@@ -143,7 +144,7 @@ def _publish(old: Any, backend: Any, ranks: list[int], store: Any) -> dist.Proce
         global_ranks = [of_old[rank] for rank in ranks]
         dist.destroy_process_group(old)
         name = c10d._process_group_name(global_ranks, use_hashed_name=True)
-    prefixed = dist.PrefixStore(f"{name}/", store)
+    prefixed = PrefixStore(f"{name}/", store)
     group: Any = dist.ProcessGroup(prefixed, backend.rank(), backend.size())
     kind = dist.ProcessGroup.BackendType.CUSTOM
     for device in devices:

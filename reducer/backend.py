@@ -113,7 +113,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         settings = resolve(backend_options)
         _set_log_level(settings.log)
         native = load_native()
-        bind_host = _bind_host(place, settings)
+        bind_host = choose_bind_host(place.store, settings)
         door = _door.door_at(bind_host)
         runtime = native.Runtime(
             bind_host=bind_host,
@@ -193,9 +193,11 @@ def _set_log_level(level: str) -> None:
         log.addHandler(logging.StreamHandler())
 
 
-def _bind_host(place: _Place, settings: Settings) -> str:
-    """This process' address for others: on the interface that was asked for, or towards the store's host."""
-    store: Any = place.store
+def choose_bind_host(store: Any, settings: Settings) -> str:
+    """This process' address for others: on the interface that was asked for, or towards the store's host.
+
+    Raises InvalidArgumentError.
+    """
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     peer = getattr(store, "host", None) or os.environ.get("MASTER_ADDR") or "127.0.0.1"
