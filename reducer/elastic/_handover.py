@@ -7,13 +7,19 @@ import pickle
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.stateful import Stateful
 
 from reducer import errors
+
+
+class Stateful(Protocol):
+    """As torch.distributed.checkpoint's, whose import takes seconds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.checkpoint.stateful import Stateful
 
 from reducer import _core, _door, errors
 from reducer.backend import choose_bind_host
 from reducer.elastic import _handover
 from reducer.elastic._decision import Action, Phase, Standing
 from reducer.elastic._gradients import Gradients
+from reducer.elastic._handover import Stateful
 from reducer.elastic._record import SharedRecord, open_store
 from reducer.elastic._rendezvous import EMPTY, FORM_S, FormingFailed, Generation, Rendezvous, Terms, Worker
 from reducer.elastic._sampler import Sampler
@@ -353,7 +353,7 @@ class Session:
                 at.summary.value,
             )  # fmt: skip
             if at.rank == 0:
-                _tell(change, error)
+                _tell(change, self._me.host, error)
             if self._on_change is not None:
                 self._on_change(change)
             return Action.RETRY if stranger else at.action
@@ -412,8 +412,8 @@ class Session:
         self._generation = None
 
 
-def _tell(change: Change, error: Exception | None) -> None:
-    """One line for each change."""
+def _tell(change: Change, host: str, error: Exception | None) -> None:
+    """One line for each change, from `host`."""
     parts = []
     if change.lost:
         parts.append(f"lost {', '.join(change.lost)}")
@@ -430,7 +430,7 @@ def _tell(change: Change, error: Exception | None) -> None:
         Action.AVERAGE.value: f"step {change.step} is averaged over those that are left",
         Action.RETRY.value: f"step {change.step} is done again",
     }[change.action]
-    why = f" (rank {change.rank} saw: {error})" if error is not None and change.lost else ""
+    why = f" ({host} saw: {error})" if error is not None and change.lost else ""
     log.warning(
         "reducer: elastic: generation %d: %s%s; %d workers go on, %s",
         change.generation, "; ".join(parts), why, change.world_size, becomes,

@@ -1,0 +1,330 @@
+"""Training that goes on: workers are killed at every place of a step, and new ones come, in real processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elastic_worker import WAIT_S, Job
+from ranks import standalone_reducers
+
+import reducer
+import reducer.elastic as elastic
+from reducer.elastic._decision import Action, Phase, Standing, decide
+
+STEPS = 24
+LOST_AT = 9
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    with Job(tmp_path, steps=STEPS) as one:
+        yield one
+
+
+def begun(job: Job, slot: int, step: int) -> int:
+    """How often a worker computed a step."""
+    return [event["step"] for event in job.events(slot, "begin")].count(step)
+
+
+@pytest.mark.parametrize("place", ["begin", "vote"])
+@pytest.mark.parametrize("on_loss", ["retry", "average"])
+def test_a_lost_worker_costs_no_more_than_the_step(job: Job, on_loss: str, place: str) -> None:
+    job.start(0, 1, 3, options={"on_loss": on_loss, "min_workers": 3, "max_workers": 4})
+    job.start(2, options={"on_loss": on_loss, "min_workers": 3, "max_workers": 4}, die_at=(place, LOST_AT))
+    assert job.finish() == {0: 0, 1: 0, 3: 0, 2: -9}
+    contributions = job.check(STEPS)
+    assert contributions[:LOST_AT] == [[0, 1, 2, 3]] * LOST_AT
+    assert contributions[LOST_AT + 1 :] == [[0, 1, 3]] * (STEPS - LOST_AT - 1)
+    if place == "begin":
+        assert contributions[LOST_AT] == [0, 1, 3]
+        assert {begun(job, slot, LOST_AT) for slot in (0, 1, 3)} == {2 if on_loss == "retry" else 1}
+    else:
+        # The lost one's gradient was in already: the step is whole where all others had that.
+        assert contributions[LOST_AT] in ([0, 1, 2, 3], [0, 1, 3])
+    (change,) = [event for event in job.events(0, "change") if event["lost"]]
+    assert len(change["lost"]) == 1
+    assert change["world_size"] == 3
+    assert job.logs().count("WARNING:reducer:reducer: elastic: generation 2: lost") == 1
+
+
+@pytest.mark.parametrize("place", ["vote", "averaged"])
+def test_the_first_and_another_at_once(job: Job, place: str) -> None:
+    """Rank 0, and a second: whatever they had done of the step, those that are left do the same."""
+    options = {"on_loss": "average", "max_workers": 4}
+    job.start(0, 1, 2, 3, options=options, die_at=None, steps=5)
+    job.finish()
+    job.check(5)
+
+
+@pytest.mark.parametrize("servers", [0, 2])
+def test_killed_and_back(tmp_path: Path, servers: int) -> None:
+    """Three times: a worker is killed at any moment, another takes its place."""
+    with standalone_reducers(servers) as addresses:
+        env = {"REDUCER_SERVERS": ",".join(addresses)} if servers else {}
+        with Job(tmp_path, steps=120, env=env, step_s=0.02) as job:
+            job.start(0, 1, 2, options={"max_workers": 3})
+            for i, slot in enumerate((1, 0, 2)):
+                job.wait_for(slot, "done", 10)
+                threading.Event().wait(random.Random(i + servers).uniform(0.0, 0.05))
+                job.kill(slot)
+                job.start(slot + 3, options={"max_workers": 3})
+            codes = job.finish()
+            assert codes == {0: -9, 1: -9, 2: -9, 3: 0, 4: 0, 5: 0}
+            contributions = job.check(120)
+            assert contributions[-1] == [3, 4, 5]
+            for slot in (3, 4, 5):
+                assert job.events(slot, "done")[0]["step"] > 5
+
+
+def test_two_come_at_once(job: Job) -> None:
+    job.start(0, 1, options={"max_workers": 4}, steps=150, step_s=0.02)
+    job.wait_for(0, "done", 5)
+    job.start(2, 3, options={"max_workers": 4}, steps=150, step_s=0.02)
+    job.wait_for(2, "done")
+    job.start(4, options={"max_workers": 4}, steps=150, step_s=0.02)  # waits for a place
+    job.wait_for(3, "done")
+    job.kill(1)
+    assert job.finish() == {0: 0, 1: -9, 2: 0, 3: 0, 4: 0}
+    contributions = job.check(150)
+    assert [0, 1, 2, 3] in contributions
+    assert contributions[-1] == [0, 2, 3, 4]
+    assert all(len(slots) <= 4 for slots in contributions)
+
+
+@pytest.mark.parametrize("who", ["source", "new"])
+def test_a_death_while_the_state_is_handed_over(job: Job, who: str) -> None:
+    """The source or the new worker dies in the middle; the next one to come gets the state from another."""
+    both = {"steps": 80, "step_s": 0.02}
+    job.start(0, 1, 2, die_at=("handover", 2) if who == "source" else None, **both)
+    job.wait_for(0, "done", 5)
+    job.start(3, die_at=("handover", 2) if who == "new" else None, **both)
+    if who == "new":
+        job.finish(3)
+        job.start(4, **both)
+    codes = job.finish()
+    contributions = job.check(80)
+    if who == "source":
+        assert sorted(codes.values()) == [-9, 0, 0, 0]
+        assert 3 in contributions[-1]
+    else:
+        assert codes == {0: 0, 1: 0, 2: 0, 3: -9, 4: 0}
+        assert contributions[-1] == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("place", ["forming", "formed"])
+def test_a_death_while_the_others_find_each_other(job: Job, place: str) -> None:
+    """A second worker dies in the generation that is made since the first did, before or while its group is made."""
+    job.start(0, 1, options={"max_workers": 4})
+    job.start(2, options={"max_workers": 4}, die_at=("begin", LOST_AT))
+    job.start(3, options={"max_workers": 4}, die_at=(place, 2))
+    assert job.finish() == {0: 0, 1: 0, 2: -9, 3: -9}
+    contributions = job.check(STEPS)
+    assert contributions[LOST_AT:] == [[0, 1]] * (STEPS - LOST_AT)
+    change = [event for event in job.events(0, "change") if event["lost"]][-1]
+    assert len(change["lost"]) == 2
+
+
+def test_a_stopped_worker_is_left_behind_and_comes_back_as_a_new_one(job: Job) -> None:
+    options = {"max_workers": 3, "timeout": 2.0}
+    job.start(0, 1, 2, options=options, steps=150, step_s=0.02)
+    job.wait_for(2, "done", 5)
+    os.kill(job.processes[2].pid, signal.SIGSTOP)
+    stopped = len(job.events(2, "done"))
+    job.wait_for(0, "change", 2)
+    before = len(job.events(0, "done"))
+    job.wait_for(0, "done", before + 5)
+    os.kill(job.processes[2].pid, signal.SIGCONT)
+    assert job.finish() == {0: 0, 1: 0, 2: 0}
+    contributions = job.check(150)
+    assert [0, 1] in contributions
+    assert contributions[-1] == [0, 1, 2]
+    assert len(job.events(2, "done")) > stopped
+
+
+# ---------------------------------------------------------------- limits, and errors
+
+
+def test_below_the_minimum_it_waits_for_another(job: Job) -> None:
+    options = {"min_workers": 2, "max_workers": 2}
+    job.start(0, options=options)
+    job.start(1, options=options, die_at=("begin", LOST_AT))
+    job.finish(1)
+    assert not [event for event in job.events(0, "done") if event["step"] >= LOST_AT]
+    job.start(2, options=options)
+    assert job.finish() == {0: 0, 1: -9, 2: 0}
+    assert job.check(STEPS)[LOST_AT:] == [[0, 2]] * (STEPS - LOST_AT)
+
+
+def test_below_the_minimum_for_too_long(job: Job) -> None:
+    options = {"min_workers": 2, "max_workers": 2, "patience": 2.0}
+    job.start(0, options=options)
+    job.start(1, options=options, die_at=("begin", LOST_AT))
+    began = time.monotonic()
+    assert job.finish() == {0: 3, 1: -9}
+    assert time.monotonic() - began < 20
+    (error,) = job.events(0, "error")
+    assert error["kind"] == "TimeoutError"
+    assert "1 of at least 2 workers were there within 2 s; start more: they find this job by tcp://" in error["text"]
+
+
+def test_all_that_had_the_state_are_gone(job: Job) -> None:
+    job.start(0, 1, options={"max_workers": 2}, die_at=("begin", LOST_AT))
+    assert job.finish() == {0: -9, 1: -9}
+    job.start(2, options={"max_workers": 2})
+    assert job.finish(2) == {2: 3}
+    (error,) = job.events(2, "error")
+    assert error["kind"] == "UnavailableError"
+    assert "start again from a checkpoint" in error["text"]
+
+
+def test_a_worker_that_comes_too_late_or_was_told_otherwise(job: Job) -> None:
+    job.start(0, 1, options={"max_workers": 2}, steps=60, step_s=0.02)
+    job.wait_for(0, "done")
+    job.start(2, options={"max_workers": 3})
+    assert job.finish(2) == {2: 3}
+    assert job.events(2, "error")[0]["kind"] == "MismatchError"
+    assert job.finish(0, 1) == {0: 0, 1: 0}
+    job.start(3, options={"max_workers": 2})
+    assert job.finish(3) == {3: 3}
+    assert job.events(3, "error")[0]["kind"] == "AbortedError"
+    assert "this job is over: its workers have done all 60 steps" in job.events(3, "error")[0]["text"]
+    job.check(60)
+
+
+def parts() -> tuple[torch.nn.Linear, torch.optim.SGD]:
+    model = torch.nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"on_loss": "panic"}, "on_loss: 'panic' is neither"),
+        ({"min_workers": 0}, "min_workers 0 must be"),
+        ({"min_workers": 3, "max_workers": 2}, "max_workers .2. no less"),
+    ],
+)
+def test_arguments(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(reducer.InvalidArgumentError, match=text):
+        elastic.Session(*parts(), "tcp://127.0.0.1:1", **options)
+
+
+def test_rendezvous_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for rendezvous, text in ((None, "only under torchrun"), ("http://a:1", "neither"), ("tcp://a", "neither")):
+        with pytest.raises(reducer.InvalidArgumentError, match=text), elastic.Session(*parts(), rendezvous):
+            pass
+    with (
+        pytest.raises(reducer.UnavailableError, match="start `reducer rendezvous"),
+        elastic.Session(*parts(), "tcp://127.0.0.1:9", patience=1.0),
+    ):
+        pass
+
+
+def test_a_job_of_one_in_this_process(tmp_path: Path) -> None:
+    """Accumulated gradients, misuse, properties; the store is a file."""
+    model, optimizer = parts()
+    with elastic.Session(model, optimizer, f"file://{tmp_path}/store", last_call=0.0) as session:
+        assert (session.rank, session.world_size, session.generation, session.step) == (0, 1, 1, 0)
+        x = torch.arange(3.0)
+        seen = []
+        with pytest.raises(reducer.InvalidArgumentError, match="belongs into the loop"):
+            session.reduce()
+        for step in session.steps(3):
+            seen.append(step)
+            with session.no_sync():
+                model(x).sum().backward()
+            model(x).sum().backward()
+            assert session.reduce()
+            assert model.weight.grad is not None
+            assert torch.equal(model.weight.grad, 2 * x.view(1, 3))
+            optimizer.step()
+        assert seen == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="backward ran twice"):
+            for _ in session.steps(4):
+                model(x).sum().backward()
+                model(x).sum().backward()
+    with (
+        pytest.raises(reducer.InvalidArgumentError, match="did not call"),
+        elastic.Session(model, optimizer, f"file://{tmp_path}/other", last_call=0.0) as session,
+    ):
+        for _ in session.steps(4):
+            pass
+
+
+# ---------------------------------------------------------------- what is decided
+
+
+def test_every_decision_is_one_that_all_can_follow() -> None:
+    """All standings of three workers that can be at once: nobody steps twice or not at all, all are together after."""
+    standings = [Standing(7, phase) for phase in Phase] + [Standing(8, Phase.BOUNDARY), Standing(8, Phase.BEGUN)]
+    for on_loss, three in itertools.product(("retry", "average"), itertools.product(standings, repeat=3)):
+        ahead = any(one.step == 8 for one in three)
+        if ahead and any(one.step == 7 and one.phase != Phase.REDUCED for one in three):
+            with pytest.raises(reducer.InternalError):
+                decide(three, [], on_loss)
+            continue
+        decision = decide(three, [], on_loss)
+        assert decision.step == (8 if ahead else 7)
+        after = set()
+        for standing, action in zip(three, decision.actions, strict=True):
+            if action == Action.COMMIT:
+                assert standing.phase == Phase.REDUCED
+            if action == Action.AVERAGE:
+                assert on_loss == "average"
+                assert standing.phase in (Phase.BEGUN, Phase.REDUCED)
+                assert set(decision.actions) == {Action.AVERAGE}
+            if action == Action.GO_ON:
+                assert standing.phase == Phase.BOUNDARY
+            after.add(standing.step + (action == Action.COMMIT))
+        assert len(after) == 1
+        if decision.source is not None:
+            assert three[decision.source].step == decision.step
+            assert decision.actions[decision.source] in (Action.GO_ON, Action.RETRY)
+
+
+def test_those_that_left_count() -> None:
+    """The last worker of a job that did not hear that the last step is whole."""
+    decision = decide([Standing(7, Phase.REDUCED)], [Standing(8, Phase.BOUNDARY)], "retry")
+    assert decision.actions == (Action.COMMIT,)
+    assert decision.source is None
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+def test_the_sampler_deals_everything_once_whatever_the_number_of_workers() -> None:
+    samplers = [elastic.Sampler(100, 4, seed=3) for _ in range(5)]
+    dealt: list[int] = []
+    for world_size in (2, 3, 5, 1, 5, 5, 4):
+        for rank in range(world_size):
+            samplers[rank].bind(lambda place=(rank, world_size): place)
+            dealt += samplers[rank].indices()
+            assert samplers[rank].indices() == dealt[-4:]
+        # Those that come later get the state of those that were there.
+        samplers[0].advance()
+        for other in samplers[1:]:
+            other.load_state_dict(samplers[0].state_dict())
+    assert len(dealt) == 100
+    assert sorted(dealt) == list(range(100))
+    assert samplers[0].epoch == 1.0
+    samplers[0].bind(lambda: (0, 1))
+    assert samplers[0].indices() != dealt[:4]
+    with pytest.raises(reducer.InvalidArgumentError):
+        elastic.Sampler(10, 0)
+    with pytest.raises(reducer.InvalidArgumentError, match="session"):
+        elastic.Sampler(10, 1).indices()
+
+
+def test_wait_is_bounded() -> None:
+    assert WAIT_S < 100
