@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from reducer import _agreement, _door, errors
+from reducer._store import hold_store
 from reducer.backend import load_native
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _common_store(backend: Any, old: Any) -> Any:
     told = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8)
     if backend.rank() == 0 and not _answers(old):
         host, _ = _door.split_address(_door.doors_of(backend.workers)[0])
-        kept, address = _hold_store(host)
+        kept, address = hold_store(f"[{host}]:0" if ":" in host else f"{host}:0")
         told[: len(address)] = torch.frombuffer(bytearray(address.encode()), dtype=torch.uint8)
     options = dist.BroadcastOptions()
     options.rootRank = 0
@@ -117,16 +117,6 @@ def _answers(store: Any) -> bool:
     except RuntimeError:  # each kind of store has its own
         return False
     return True
-
-
-def _hold_store(host: str) -> tuple[TCPStore, str]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family)
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-    )
-    return store, f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
 def _publish(old: Any, backend: Any, ranks: list[int], store: Any) -> dist.ProcessGroup:

@@ -92,14 +92,16 @@ def reference(contributions: list[list[int]], first: int) -> torch.Tensor:
 
 def work(plan: Plan) -> None:
     """The life of a worker."""
-    log = open(plan.log, "a", buffering=1)  # noqa: SIM115: open as long as the process lives
-    os.dup2(log.fileno(), 2)
+    # What torch and the native parts print goes there, too.
+    number = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 2)
     os.environ.update(plan.env)
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
 
     def note(what: str, **more: Any) -> None:
-        log.write(json.dumps({"what": what, "slot": plan.slot, "time": time.time(), **more}) + "\n")
+        line = json.dumps({"what": what, "slot": plan.slot, "time": time.time(), **more})
+        os.write(number, line.encode() + b"\n")
 
     def changed(change: elastic.Change) -> None:
         note("change", **change.__dict__)
@@ -162,9 +164,8 @@ def _arm(plan: Plan, session: elastic.Session, note: Callable[..., None]) -> Non
         _die(plan, "formed", generation.number)
 
     def at_exchange(held: Any, source: int, *, wanted: bool) -> Any:
-        if plan.die_at == ("handover", session.generation):
+        if plan.die_at == ("gives" if held is not None else "takes" if wanted else "", session.generation):
             dist.broadcast(torch.tensor([1000 if held is not None else 0]), src=source)
-            note("dies in the middle of the handover")
             os.kill(os.getpid(), signal.SIGKILL)
         return exchange(held, source, wanted=wanted)
 

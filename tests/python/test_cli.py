@@ -73,6 +73,7 @@ def test_version() -> None:
         (("stats",), ["HOST:PORT", "--json", "reserved"]),
         (("info",), ["settings in effect"]),
         (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png", "--explain"]),
+        (("rendezvous",), ["--listen", "elastic.Session"]),
         (("tune",), ["--output", "--chunks", "--reducers", "REDUCER_TUNING", "torchrun"]),
     ],
 )
