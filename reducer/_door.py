@@ -24,8 +24,9 @@ Message = dict[str, Any]
 
 _BACKLOG = 4096
 _LINE_BYTES_MAX = 1 << 20
-# Topics (meetings) whose messages are kept for later, and connections that are open at a time.
+# Topics (meetings) whose messages are kept for later, messages of each, and connections that are open at a time.
 _TOPICS_MAX = 64
+_MESSAGES_MAX = 1 << 16
 _CONNECTIONS_MAX = 4096
 # Between two attempts to reach somebody who neither lets us in nor refuses.
 _DIAL_AGAIN_S = 1.0
@@ -57,10 +58,12 @@ class Door:
     def hear(self, topic: str) -> list[Message]:
         """Takes in what has come, without waiting; what was said about `topic` since the last time."""
         with contextlib.suppress(BlockingIOError):
-            while len(self._incoming) < _CONNECTIONS_MAX:
+            while True:
                 connection, _ = self._socket.accept()
                 connection.setblocking(False)
                 self._incoming[connection] = bytearray()
+                if len(self._incoming) > _CONNECTIONS_MAX:  # the oldest; who has to say something calls again
+                    self._hang_up(next(iter(self._incoming)))
         for connection in list(self._incoming):
             self._read(connection)
         return self._heard.pop(topic, [])
@@ -82,8 +85,11 @@ class Door:
         for line in lines:
             ended |= not self._keep(line)
         if ended or len(held) > _LINE_BYTES_MAX:
-            connection.close()
-            del self._incoming[connection]
+            self._hang_up(connection)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        connection.close()
+        del self._incoming[connection]
 
     def _keep(self, line: bytes) -> bool:
         try:
@@ -95,8 +101,9 @@ class Door:
             return False
         if topic not in self._heard and len(self._heard) >= _TOPICS_MAX:
             del self._heard[next(iter(self._heard))]
-        self._heard.setdefault(topic, []).append(message)
-        return True
+        messages = self._heard.setdefault(topic, [])
+        messages.append(message)
+        return len(messages) <= _MESSAGES_MAX
 
     def close(self) -> None:
         for connection in self._incoming:

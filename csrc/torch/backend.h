@@ -216,6 +216,7 @@ class ReducerBackend final : public c10d::Backend {
   std::atomic<std::int64_t> ephemeral_ms_{0};
   std::atomic<std::uint64_t> calls_{0};
   std::atomic<std::uint64_t> splits_{0};
+  std::atomic<bool> aborted_{false};
   const ReducerWork::Shared shared_;
   std::mutex mutex_;
   std::shared_ptr<Session> session_;  // null after shutdown()

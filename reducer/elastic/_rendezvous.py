@@ -121,6 +121,7 @@ class Rendezvous:
                 if time.monotonic() >= deadline:
                     raise errors.TimeoutError(self._too_few(record))
                 calls.step(pause)
+                self._door.hear("")  # lets go of those who have watched this worker
                 pause = min(_POLL_S_MAX, pause * 1.3)
 
     def _is_in(self, record: Record) -> bool:
@@ -304,7 +305,8 @@ def _plan(record: Record, came: frozenset[str], terms: Terms, *, settled: bool) 
         decision = Decision(step=0, actions=(), source=0)
     else:
         decision = _decide(record, veterans, terms, retry=False)
-        if len(veterans) < terms.min_workers and not decision.takes_in:
+        alone = len(veterans) < terms.min_workers and not decision.takes_in
+        if alone and Action.AVERAGE in decision.actions:
             decision = _decide(record, veterans, terms, retry=True)
     if terms.max_workers:
         fresh = fresh[: max(0, terms.max_workers - len(veterans))]
@@ -312,8 +314,9 @@ def _plan(record: Record, came: frozenset[str], terms: Terms, *, settled: bool) 
         fresh = []
     count = len(veterans) + len(fresh)
     full = terms.max_workers > 0 and count == terms.max_workers
-    # Who only has to catch up with workers that are done needs no company.
-    enough = terms.min_workers if record["over"] is None else 1
+    # Workers that only have to catch up with such as have left need no company for that.
+    caught_up = bool(veterans) and all(action == Action.COMMIT for action in decision.actions)
+    enough = 1 if caught_up else terms.min_workers
     if count < enough or (not veterans and not settled and not full):
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ log = logging.getLogger("reducer")
 # Of generations that could not be formed, and of errors in one step without anybody lost, before it is given up.
 _FORMINGS_MAX = 6
 _FRUITLESS_MAX = 3
+# Rank 0 looks for new workers no more often than that.
+_LOOK_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ class Session:
         self._change_wanted = False
         self._fruitless = 0
         self._blind = False  # the store is gone: nobody can come or go
+        self._next_look = 0.0
+        self._finished = False
+        self._used = False
         self._dealt = (0, 1)  # rank and world size of the step at hand
         self._snapshot: dict[str, Any] = {}
         self._generation: Generation | None = None
@@ -169,6 +175,9 @@ class Session:
         """
         if dist.is_initialized():
             raise errors.InvalidArgumentError("there is a default process group already; the session makes its own")
+        if self._used:
+            raise errors.InvalidArgumentError("a session is used once; make another one")
+        self._used = True
         store, where = open_store(self._rendezvous_at, self._patience)
         self._store = PrefixStore(f"elastic/{self._job}", store)
         door = _door.door_at(choose_bind_host(store, resolve(self._pg_options)))
@@ -187,16 +196,14 @@ class Session:
         try:
             self._regroup()
         except BaseException:
-            self._leave(over=False)
+            self._leave(over=False, failed=True)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(over=error is None and self._finished)
-
-    _finished = False
+        self._leave(over=error is None and self._finished, failed=error is not None)
 
     def steps(self, count: int) -> Iterator[int]:
         """The numbers of the steps from the first that the job has not done to `count` - 1, equal on all workers.
@@ -204,6 +211,7 @@ class Session:
         A number comes again when its step has to be done again. Clears the model's gradients before each. Every step
         must call reduce() once. Raises as `__enter__` does.
         """
+        self._finished = False
         while True:
             if self._change_wanted and self._step < count:
                 self._regroup()
@@ -231,12 +239,12 @@ class Session:
                 self._vote()
             except dist.DistBackendError as error:
                 action = self._recover(error)
+                if action is None:
+                    return False
                 if action == Action.AVERAGE:
                     self._phase = Phase.BEGUN
                     self._gradients.again()
                     continue
-                if action == Action.RETRY:
-                    return False
             break
         self._commit()
         return True
@@ -287,8 +295,9 @@ class Session:
         self._change_wanted = bool(vote[0])
 
     def _somebody_waits(self) -> bool:
-        if self._blind:
+        if self._blind or time.monotonic() < self._next_look:
             return False
+        self._next_look = time.monotonic() + _LOOK_S
         try:
             return self._rendezvous.somebody_waits()
         except errors.UnavailableError as error:
@@ -308,8 +317,8 @@ class Session:
 
     # ------------------------------------------------------------ changes
 
-    def _recover(self, error: Exception) -> Action:
-        """Finds a new set of workers after an error; what becomes of the step at hand."""
+    def _recover(self, error: Exception) -> Action | None:
+        """Finds a new set of workers after an error; what becomes of the step at hand, None if it was dropped."""
         members = set(self._at.members)
         log.info("reducer: elastic: step %d: %s", self._step, error)
         self._end_group(abort=True)
@@ -317,10 +326,14 @@ class Session:
         self._fruitless = self._fruitless + 1 if set(self._at.members) == members else 0
         if self._fruitless >= _FRUITLESS_MAX:
             raise error
-        return action
+        return action if self._in_step else None
 
     def _regroup(self, error: Exception | None = None) -> Action:
-        """Joins the next generation, forms its group and gets or hands over the state; what becomes of the step."""
+        """Joins the next generation, forms its group and gets or hands over the state; what becomes of the step.
+
+        A step that is to be done again is dropped, here and not by the caller: the next generation may be needed before
+        this one works, and there this worker stands between two steps.
+        """
         lost: list[str] = []
         left: list[str] = []
         joined: set[str] = set()
@@ -347,7 +360,8 @@ class Session:
                 log.info("reducer: elastic: generation %d did not form: %s", at.number, failure)
                 error = error or failure
                 continue
-            self._change_wanted = False
+            # (Workers that catch up with others that have left need not be the minimum for it.)
+            self._change_wanted = len(at.members) < self._terms.min_workers
             change = Change(
                 at.number, at.step, at.rank, len(at.members), tuple(lost), tuple(left), tuple(sorted(joined)),
                 at.summary.value,
@@ -356,7 +370,7 @@ class Session:
                 _tell(change, self._me.host, error)
             if self._on_change is not None:
                 self._on_change(change)
-            return Action.RETRY if stranger else at.action
+            return at.action
         raise errors.UnavailableError(f"no set of workers held for long enough to go on: {error}")
 
     def _form(self, at: Generation) -> None:
@@ -403,12 +417,12 @@ class Session:
                 group.abort()
         dist.destroy_process_group()
 
-    def _leave(self, *, over: bool) -> None:
+    def _leave(self, *, over: bool, failed: bool) -> None:
         self._gradients.close()
         standing = None if self._new else Standing(self._step, self._phase)
         with suppress(errors.ReducerError):
             self._rendezvous.leave(standing, over=over)
-        self._end_group(abort=not over)
+        self._end_group(abort=failed)
         self._generation = None
 
 

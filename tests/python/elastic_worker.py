@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +40,7 @@ class Plan:
     env: dict[str, str] = field(default_factory=dict)
     die_at: tuple[str, int] | None = None  # a place, and a step
     step_s: float = 0.005
+    stop_after: int | None = None
 
 
 class Model(torch.nn.Module):
@@ -109,7 +113,7 @@ def work(plan: Plan) -> None:
     try:
         _train(plan, note, changed)
     except Exception as error:
-        note("error", kind=type(error).__name__, text=str(error))
+        note("error", kind=type(error).__name__, text=str(error), trace=traceback.format_exc())
         raise SystemExit(3) from error
 
 
@@ -123,7 +127,7 @@ def _train(plan: Plan, note: Callable[..., None], changed: Callable[[elastic.Cha
         plan.rendezvous,
         state={"sampler": sampler},
         on_change=changed,
-        **{"timeout": 20.0, "patience": 30.0, "last_call": 0.5, "bucket_bytes": 64, **plan.options},
+        **{"timeout": 20.0, "patience": 30.0, "last_call": 10.0, "bucket_bytes": 64, **plan.options},
     )
     _arm(plan, session, note)
     with session:
@@ -138,6 +142,8 @@ def _train(plan: Plan, note: Callable[..., None], changed: Callable[[elastic.Cha
                 _die(plan, "averaged", step)
                 optimizer.step()
                 note("done", step=step, slots=slots, sum=checksum(model, optimizer), turns=int(model.turns))
+                if step == plan.stop_after:
+                    break
         torch.save(torch.cat([model.first.detach(), model.second.detach()]), f"{plan.log}.weights")
         note("end")
 
@@ -172,6 +178,17 @@ def _arm(plan: Plan, session: elastic.Session, note: Callable[..., None]) -> Non
     session._vote = at_vote  # type: ignore[method-assign]
     Rendezvous.confirm = at_confirm  # type: ignore[method-assign]
     _handover.exchange = at_exchange
+
+
+def run_script(arguments: list[str], log: str) -> None:
+    """In a process: a Python program with its arguments, and what it prints."""
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 class Job:

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_worker import WAIT_S, Job
+import torch.distributed as dist
+from elastic_worker import WAIT_S, Job, run_script
+from ranks import _context as context
 from ranks import standalone_reducers
 
 import reducer
@@ -97,11 +99,12 @@ def test_killed_and_back(tmp_path: Path, servers: int) -> None:
 
 
 def test_two_come_at_once(job: Job) -> None:
-    job.start(0, 1, options={"max_workers": 4}, steps=150, step_s=0.02)
+    both = {"options": {"min_workers": 2, "max_workers": 4, "last_call": 0.1}, "steps": 150, "step_s": 0.02}
+    job.start(0, 1, **both)
     job.wait_for(0, "done", 5)
-    job.start(2, 3, options={"max_workers": 4}, steps=150, step_s=0.02)
+    job.start(2, 3, **both)
     job.wait_for(2, "done")
-    job.start(4, options={"max_workers": 4}, steps=150, step_s=0.02)  # waits for a place
+    job.start(4, **both)  # waits for a place
     job.wait_for(3, "done")
     job.kill(1)
     assert job.finish() == {0: 0, 1: -9, 2: 0, 3: 0, 4: 0}
@@ -114,7 +117,7 @@ def test_two_come_at_once(job: Job) -> None:
 @pytest.mark.parametrize("who", ["gives", "takes"])
 def test_a_death_while_the_state_is_handed_over(job: Job, who: str) -> None:
     """The source or the new worker dies in the middle; the next one to come gets the state from another."""
-    both = {"steps": 80, "step_s": 0.02}
+    both = {"steps": 80, "step_s": 0.02, "options": {"min_workers": 3, "last_call": 0.1}}
     job.start(0, 1, 2, die_at=(who, 2), **both)
     job.wait_for(0, "done", 5)
     job.start(3, die_at=(who, 2), **both)
@@ -129,6 +132,22 @@ def test_a_death_while_the_state_is_handed_over(job: Job, who: str) -> None:
     else:
         assert codes == {0: 0, 1: 0, 2: 0, 3: -9, 4: 0}
         assert contributions[-1] == [0, 1, 2, 4]
+
+
+def test_the_source_dies_in_the_change_after_a_loss(job: Job) -> None:
+    """Those that have dropped the step by then are between two steps for the next change."""
+    both = {"options": {"min_workers": 2, "max_workers": 3}, "steps": 40, "step_s": 0.02}
+    job.start(0, 1, die_at=("gives", 2), **both)
+    job.start(2, die_at=("begin", 30), **both)
+    job.wait_for(2, "done", 3)
+    job.start(3, **both)  # waits for a place
+    codes = job.finish()
+    assert sorted(codes.values()) == [-9, -9, 0, 0]
+    assert codes[3] == 0
+    contributions = job.check(40)
+    assert contributions[29] == [0, 1, 2]
+    assert len(contributions[30]) == 2
+    assert 3 in contributions[30]
 
 
 @pytest.mark.parametrize("place", ["forming", "formed"])
@@ -266,12 +285,31 @@ def test_a_job_of_one_in_this_process(tmp_path: Path) -> None:
             for _ in session.steps(4):
                 model(x).sum().backward()
                 model(x).sum().backward()
+    with pytest.raises(reducer.InvalidArgumentError, match="used once"), session:
+        pass
     with (
         pytest.raises(reducer.InvalidArgumentError, match="did not call"),
         elastic.Session(model, optimizer, f"file://{tmp_path}/other", last_call=0.0) as session,
     ):
         for _ in session.steps(4):
             pass
+
+
+def test_the_store_of_torchruns_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with elastic.Session(*parts(), last_call=0.0) as session:
+        assert session.world_size == 1
+    assert store.check(["elastic/default/record"])
+
+
+def test_workers_that_stop_early_together(job: Job) -> None:
+    """They leave the loop by `break`: none of them waits for the minimum because others are gone."""
+    job.start(0, 1, 2, options={"min_workers": 3, "max_workers": 3, "patience": 5.0}, stop_after=LOST_AT)
+    assert job.finish() == {0: 0, 1: 0, 2: 0}
+    job.check(LOST_AT + 1)
 
 
 # ---------------------------------------------------------------- what is decided
@@ -357,13 +395,24 @@ def rendezvous(listen: str = "127.0.0.1:0") -> Iterator[tuple[subprocess.Popen[s
         process.wait(WAIT_S)
 
 
-def run_workers(command: list[str], count: int, tmp_path: Path) -> list[subprocess.Popen[str]]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    workers = []
-    for i in range(count):
-        with open(tmp_path / f"worker{i}.log", "w") as log:
-            workers.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=env, text=True))
-    return workers
+@contextlib.contextmanager
+def scripts(arguments: list[str], count: int, tmp_path: Path) -> Iterator[list[Any]]:
+    """So many processes that run a Python program, with logs worker0.log, ..."""
+    workers = [context.Process(target=run_script, args=(arguments, f"{tmp_path}/worker{i}.log")) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join(WAIT_S)
+
+
+def exits(workers: list[Any]) -> list[int | None]:
+    for worker in workers:
+        worker.join(WAIT_S)
+    return [worker.exitcode for worker in workers]
 
 
 def test_the_command_holds_the_store_of_a_job_and_ends_by_a_signal(tmp_path: Path) -> None:
@@ -392,8 +441,7 @@ def test_the_command_holds_the_store_of_a_job_and_ends_by_a_signal(tmp_path: Pat
 def test_the_store_is_lost(tmp_path: Path) -> None:
     """Training goes on; the loss of a worker then is an error that says so."""
     with rendezvous() as (process, address), Job(tmp_path, rendezvous=f"tcp://{address}", steps=150) as job:
-        options = {"max_workers": 3}
-        job.start(0, 1, options=options, step_s=0.02)
+        job.start(0, 1, options={"max_workers": 2}, step_s=0.02)
         job.wait_for(0, "done", 3)
         process.kill()
         process.wait(WAIT_S)
@@ -411,31 +459,24 @@ def test_the_documented_example_runs(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "elastic.md").read_text()
     script = tmp_path / "train.py"
     script.write_text(text.split("```python\n", 1)[1].split("```", 1)[0])
-    workers = run_workers([str(script), f"file://{tmp_path}/store"], 2, tmp_path)
-    try:
-        assert [worker.wait(WAIT_S) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    with scripts([str(script), f"file://{tmp_path}/store"], 2, tmp_path) as workers:
+        assert exits(workers) == [0, 0], (tmp_path / "worker0.log").read_text()
     ends = {(tmp_path / f"worker{i}.log").read_text().splitlines()[-1] for i in range(2)}
     assert len(ends) == 1
     assert ends.pop().startswith("500 steps, weights ")
 
 
 def test_the_example_trains_on_when_a_worker_is_killed(tmp_path: Path) -> None:
-    with rendezvous() as (_, address):
-        command = [str(ROOT / "examples" / "elastic_train.py"), f"tcp://{address}", "--steps", "40"]
-        workers = run_workers(command, 3, tmp_path)
-        try:
-            deadline = time.monotonic() + WAIT_S
-            while "step 10:" not in (tmp_path / "worker1.log").read_text():
-                assert time.monotonic() < deadline, (tmp_path / "worker1.log").read_text()
-                threading.Event().wait(0.05)
-            workers[0].kill()
-            assert [worker.wait(WAIT_S) for worker in workers] == [-signal.SIGKILL, 0, 0]
-        finally:
-            for worker in workers:
-                worker.kill()
+    first = tmp_path / "worker1.log"
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    program = [str(ROOT / "examples" / "elastic_train.py"), f"tcp://127.0.0.1:{store.port}", "--steps", "40"]
+    with scripts(program, 3, tmp_path) as workers:
+        deadline = time.monotonic() + WAIT_S
+        while not first.exists() or "step 10:" not in first.read_text():
+            assert time.monotonic() < deadline, first.read_text()
+            threading.Event().wait(0.02)
+        workers[0].kill()
+        assert exits(workers) == [-signal.SIGKILL, 0, 0], first.read_text()
     logs = [(tmp_path / f"worker{i}.log").read_text() for i in (1, 2)]
     ends = [log.splitlines()[-1] for log in logs]
     assert "weights " in ends[0]
