@@ -15,6 +15,8 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,8 @@ _FAREWELL = timedelta(seconds=5)
 _MEMORY_NEEDED = 1 << 20
 
 _native: ModuleType | None = None
+# While a group is made, for who can tell: the ranks whose processes have ended, and their hosts.
+_ended: Callable[[], dict[int, str]] | None = None
 
 
 def _minor(version: str) -> str:
@@ -63,6 +67,20 @@ def load_native() -> ModuleType:
         atexit.register(_torch.shutdown_all)
         _native = _torch
     return _native
+
+
+@contextmanager
+def watching(ended: Callable[[], dict[int, str]]) -> Iterator[None]:
+    """A group that is made inside does not wait for ranks whose processes have `ended`: their hosts by rank.
+
+    Thread safety: one thread at a time.
+    """
+    global _ended
+    _ended = ended
+    try:
+        yield
+    finally:
+        _ended = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +285,22 @@ def _wait(place: _Place, key: str, patience: timedelta) -> bool:
     return True
 
 
+def _wait_for_rank_0(place: _Place, patience: timedelta) -> bool:
+    """Whether its verdict came in time. Raises UnavailableError: it has ended, or the store is gone."""
+    if _ended is None:
+        return _wait(place, "verdict", patience)
+    deadline = time.monotonic() + patience.total_seconds()
+    pause = 0.001
+    while not _is_there(place, f"{place.prefix}/verdict"):
+        if time.monotonic() >= deadline:
+            return False
+        if 0 in (ended := _ended()):
+            raise errors.UnavailableError(f"rank 0 ({ended[0]}) has ended while the group was being made")
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.5)
+    return True
+
+
 def _is_there(place: _Place, key: str) -> bool:
     """Raises UnavailableError if the store is gone."""
     try:
@@ -284,7 +318,7 @@ def _store_lost(error: Exception) -> errors.UnavailableError:
 
 def _await_verdict(place: _Place) -> dict[str, Any]:
     try:
-        came = _wait(place, "verdict", place.timeout + _VERDICT_GRACE)
+        came = _wait_for_rank_0(place, place.timeout + _VERDICT_GRACE)
     except errors.UnavailableError as error:
         raise errors.UnavailableError(place.says(str(error))) from error
     if not came:
@@ -417,6 +451,9 @@ def _collect(place: _Place) -> dict[int, dict[str, Any]]:
                 continue
             entries[rank] = json.loads(place.store.get(key))
             missing.remove(rank)
+        for rank, host in (_ended() if _ended is not None else {}).items():
+            if rank in missing:
+                entries[rank] = {"error": "its process has ended", "host": host, "kind": "UnavailableError"}
         if any("error" in entry for entry in entries.values()):
             break
     return entries

@@ -19,6 +19,8 @@ from reducer._door import split_address
 Record = dict[str, Any]
 
 _KEY = "record"
+# For an answer of the store: the other workers wait meanwhile.
+_ANSWER_S = 20.0
 
 
 def open_store(rendezvous: str | Store | None, patience_s: float) -> tuple[Store, str]:
@@ -45,9 +47,9 @@ def open_store(rendezvous: str | Store | None, patience_s: float) -> tuple[Store
     if parts.scheme != "tcp" or not host or parts.path.strip("/"):
         raise errors.InvalidArgumentError(f"rendezvous: '{rendezvous}' is neither tcp://host:port nor file:///path")
     try:
-        return TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience_s)
-        ), rendezvous
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience_s))
+        store.set_timeout(timedelta(seconds=min(_ANSWER_S, patience_s)))
+        return store, rendezvous
     except RuntimeError as error:
         raise errors.UnavailableError(
             f"no store answers at {rendezvous}: start `reducer rendezvous --listen {host}:{port}` there ({error})"

@@ -19,7 +19,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d as c10d
 
 from reducer import _core, _door, errors
-from reducer.backend import choose_bind_host
+from reducer._door import Calls
+from reducer.backend import choose_bind_host, load_native, watching
 from reducer.elastic import _handover
 from reducer.elastic._decision import Action, Phase, Standing
 from reducer.elastic._gradients import Gradients
@@ -178,6 +179,7 @@ class Session:
         if self._used:
             raise errors.InvalidArgumentError("a session is used once; make another one")
         self._used = True
+        load_native()  # which takes a moment, and others wait later on
         store, where = open_store(self._rendezvous_at, self._patience)
         self._store = PrefixStore(f"elastic/{self._job}", store)
         door = _door.door_at(choose_bind_host(store, resolve(self._pg_options)))
@@ -376,14 +378,17 @@ class Session:
     def _form(self, at: Generation) -> None:
         self._rendezvous.confirm(at)
         c10d._world.group_count = 0  # of attempts that failed, which may differ among the workers
-        dist.init_process_group(
-            "reducer",
-            store=PrefixStore(f"group/{at.number}", self._store),
-            rank=at.rank,
-            world_size=len(at.members),
-            timeout=timedelta(seconds=min(FORM_S, self._timeout)),
-            pg_options=self._pg_options,
-        )
+        with Calls[int]() as calls, watching(lambda: _ended(at, calls)):
+            calls.watch({rank: member.door for rank, member in enumerate(at.members) if rank != at.rank})
+            dist.init_process_group(
+                "reducer",
+                store=PrefixStore(f"group/{at.number}", self._store),
+                rank=at.rank,
+                world_size=len(at.members),
+                timeout=timedelta(seconds=min(FORM_S, self._timeout)),
+                pg_options=self._pg_options,
+            )
+            dist.barrier()  # all of them are connected before a call has more time
         group: Any = dist.group.WORLD
         group.set_timeout(timedelta(seconds=self._timeout))
 
@@ -424,6 +429,12 @@ class Session:
             self._rendezvous.leave(standing, over=over)
         self._end_group(abort=failed)
         self._generation = None
+
+
+def _ended(at: Generation, calls: Calls[int]) -> dict[int, str]:
+    """Members whose processes have ended, by rank."""
+    calls.step(0.0)
+    return {rank: at.members[rank].host for rank in calls.dead()}
 
 
 def _tell(change: Change, host: str, error: Exception | None) -> None:

@@ -153,8 +153,7 @@ def test_the_source_dies_in_the_change_after_a_loss(job: Job) -> None:
 @pytest.mark.parametrize("place", ["forming", "formed"])
 def test_a_death_while_the_others_find_each_other(job: Job, place: str) -> None:
     """A second worker dies in the generation that is made since the first did, before or while its group is made."""
-    # Who waits in vain for one that dies when its group is being made does so for `timeout`.
-    options = {"max_workers": 4, "timeout": 3.0}
+    options = {"max_workers": 4}
     job.start(0, 1, options=options)
     job.start(2, options=options, die_at=("begin", LOST_AT))
     job.start(3, options=options, die_at=(place, 2))
@@ -163,6 +162,9 @@ def test_a_death_while_the_others_find_each_other(job: Job, place: str) -> None:
     assert contributions[LOST_AT:] == [[0, 1]] * (STEPS - LOST_AT)
     change = [event for event in job.events(0, "change") if event["lost"]][-1]
     assert len(change["lost"]) == 2
+    # Nobody has waited for what cannot come.
+    (death,) = [event["time"] for event in job.events(2, "begin") if event["step"] == LOST_AT]
+    assert change["time"] - death < 10.0
 
 
 def test_a_stopped_worker_is_left_behind_and_comes_back_as_a_new_one(job: Job) -> None:
@@ -230,6 +232,20 @@ def test_a_worker_that_comes_too_late_or_was_told_otherwise(job: Job) -> None:
     assert job.events(3, "error")[0]["kind"] == "AbortedError"
     assert "this job is over: its workers have done all 60 steps" in job.events(3, "error")[0]["text"]
     job.check(60)
+
+
+def test_what_fails_again_and_again_without_a_loss_is_an_error(job: Job) -> None:
+    """Workers that cut their gradients differently: each attempt is an error that names both calls."""
+    options = {"max_workers": 2, "min_workers": 2, "patience": 5.0}
+    job.start(0, options=options)
+    job.start(1, options={**options, "bucket_bytes": 1 << 20})
+    assert job.finish() == {0: 3, 1: 3}
+    errors = [job.events(slot, "error")[0] for slot in (0, 1)]
+    # Who raises it leaves, and the other may hear of that instead.
+    kinds = {error["kind"]: error["text"] for error in errors}
+    assert "ranks made different calls" in kinds["DistBackendError"]
+    assert not set(kinds) - {"DistBackendError", "TimeoutError"}
+    assert {begun(job, slot, 0) for slot in (0, 1)} == {3}
 
 
 def parts() -> tuple[torch.nn.Linear, torch.optim.SGD]:

@@ -184,9 +184,9 @@ def test_all_live_and_come_at_different_times() -> None:
 def test_a_rank_that_does_not_come_is_left_behind() -> None:
     with team() as ranks:
         ranks.call(use)
-        ranks.start([0, 1, 2], shrink_late, 0.0, 1.5)
+        ranks.start([0, 1, 2], shrink_late, 0.0, 4.0)
         assert [o.value or o.trace for o in ranks.answers([0, 1, 2], 40.0)] == [[0, 1, 2]] * 3
-        (late,) = ranks.try_call(shrink_late, 0.0, 1.5, only=[3])
+        (late,) = ranks.try_call(shrink_late, 0.0, 4.0, only=[3])
         assert late.kind == "AbortedError", late.trace
         assert "went on without it" in late.error
 
@@ -195,9 +195,9 @@ def test_no_majority_goes_on_by_itself() -> None:
     with team() as ranks:
         ranks.call(use)
         began = time.monotonic()
-        outcomes: list[Outcome] = ranks.try_call(shrink_late, 0.0, 1.0, only=[0, 3])
+        outcomes: list[Outcome] = ranks.try_call(shrink_late, 0.0, 2.5, only=[0, 3])
         assert [outcome.kind for outcome in outcomes] == ["UnavailableError"] * 2
-        assert "ranks 1, 2 did not come within 1 s and may be alive" in outcomes[0].error, outcomes[0].error
+        assert "ranks 1, 2 did not come within 2.5 s and may be alive" in outcomes[0].error, outcomes[0].error
         assert "[rank 3, group" in outcomes[1].error
         assert time.monotonic() - began < SOON_S
 
