@@ -178,10 +178,12 @@ class Rendezvous:
     def _too_few(self, record: Record) -> str:
         there = len(record["arrived"]) + len(record["waiting"])
         at_work = [one["host"] for one in record["members"] if one["uid"] not in record["arrived"]]
-        text = f"{there} of at least {self._terms.min_workers} workers were there within {self._patience_s:g} s"
         if at_work and there >= self._terms.min_workers:
-            text = f"those at work did not let this worker in within {self._patience_s:g} s ({', '.join(at_work)})"
-        return f"{text}; start more: they find this job by {self._where}"
+            return f"those at work did not let this worker in within {self._patience_s:g} s: {', '.join(at_work)}"
+        return (
+            f"{there} of at least {self._terms.min_workers} workers were there within {self._patience_s:g} s; start "
+            f"more: they find this job by {self._where}"
+        )
 
     # ------------------------------------------------------------ beside training
 

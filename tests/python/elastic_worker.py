@@ -101,7 +101,7 @@ def work(plan: Plan) -> None:
     os.dup2(number, 2)
     os.environ.update(plan.env)
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s:%(name)s:%(message)s")
 
     def note(what: str, **more: Any) -> None:
         line = json.dumps({"what": what, "slot": plan.slot, "time": time.time(), **more})

@@ -169,7 +169,7 @@ def test_a_death_while_the_others_find_each_other(job: Job, place: str) -> None:
 
 def test_a_stopped_worker_is_left_behind_and_comes_back_as_a_new_one(job: Job) -> None:
     options = {"max_workers": 3, "timeout": 2.0}
-    job.start(0, 1, 2, options=options, steps=150, step_s=0.02)
+    job.start(0, 1, 2, options=options, steps=80, step_s=0.02)
     job.wait_for(2, "done", 5)
     os.kill(job.processes[2].pid, signal.SIGSTOP)
     stopped = len(job.events(2, "done"))
@@ -178,7 +178,7 @@ def test_a_stopped_worker_is_left_behind_and_comes_back_as_a_new_one(job: Job) -
     job.wait_for(0, "done", before + 5)
     os.kill(job.processes[2].pid, signal.SIGCONT)
     assert job.finish() == {0: 0, 1: 0, 2: 0}
-    contributions = job.check(150)
+    contributions = job.check(80)
     assert [0, 1] in contributions
     assert contributions[-1] == [0, 1, 2]
     assert len(job.events(2, "done")) > stopped
@@ -221,17 +221,21 @@ def test_all_that_had_the_state_are_gone(job: Job) -> None:
 
 
 def test_a_worker_that_comes_too_late_or_was_told_otherwise(job: Job) -> None:
-    job.start(0, 1, options={"max_workers": 2}, steps=60, step_s=0.02)
+    job.start(0, 1, options={"max_workers": 2}, steps=120, step_s=0.02)
     job.wait_for(0, "done")
     job.start(2, options={"max_workers": 3})
     assert job.finish(2) == {2: 3}
     assert job.events(2, "error")[0]["kind"] == "MismatchError"
+    job.start(4, options={"max_workers": 2, "patience": 0.3})
+    assert job.finish(4) == {4: 3}
+    assert job.events(4, "error")[0]["kind"] == "TimeoutError"
+    assert "those at work did not let this worker in within 0.3 s" in job.events(4, "error")[0]["text"]
     assert job.finish(0, 1) == {0: 0, 1: 0}
     job.start(3, options={"max_workers": 2})
     assert job.finish(3) == {3: 3}
     assert job.events(3, "error")[0]["kind"] == "AbortedError"
-    assert "this job is over: its workers have done all 60 steps" in job.events(3, "error")[0]["text"]
-    job.check(60)
+    assert "this job is over: its workers have done all 120 steps" in job.events(3, "error")[0]["text"]
+    job.check(120)
 
 
 def test_what_fails_again_and_again_without_a_loss_is_an_error(job: Job) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import textwrap
@@ -113,7 +115,8 @@ def test_with_standalone_reducers() -> None:
             assert ranks.call(shrink_and_use, only=[0, 1, 3]) == [[0, 1, 3]] * 3
             time.sleep(1.5)  # a reducer closes what the dead rank's group had in it after a second
             assert ranks.call(use, only=[0, 1, 3]) == [[0, 1, 3]] * 3
-            assert "disagree" not in ranks.logs()
+            # The reducers are not lost: not a word of it.
+            assert "reducer: warning" not in ranks.logs(), ranks.logs()
 
 
 def init_with_own_store(folder: str) -> None:
@@ -240,9 +243,69 @@ def test_a_rank_that_dies_in_the_middle_of_the_agreement() -> None:
         assert found == {rank: {0, 4} for rank in (1, 2, 3)}
 
 
-def test_strangers_at_the_door_change_nothing() -> None:
-    import socket
+class Died(Exception):
+    """A rank of random_meeting() is to be dead from here on."""
 
+
+def random_meeting(seed: int) -> tuple[set[int], set[int], list[object]]:
+    """Ranks of which some are dead, some die between two steps of their meeting; the dead before, those that live to
+    its end, and what these found."""
+    chance = random.Random(seed)
+    count = chance.randint(2, 6)
+    doors = [_door.Door("127.0.0.1") for _ in range(count)]
+    addresses = dict(enumerate(door.address for door in doors))
+    dead = {rank for rank in range(count) if chance.random() < 0.25}
+    healthy: set[int] = set()
+    found: dict[int, object] = {}
+
+    def come(rank: int, late_s: float, steps: int) -> None:
+        time.sleep(late_s)
+        with _door.Calls[int]() as calls:
+            calls.watch({other: address for other, address in addresses.items() if other != rank})
+            step, left = calls.step, iter(range(steps))
+
+            def counted(wait_s: float, door: _door.Door | None = None) -> None:
+                if next(left, None) is None:
+                    raise Died
+                step(wait_s, door)
+
+            calls.step = counted  # type: ignore[method-assign]
+            try:
+                found[rank] = _agreement._Meeting("random", rank, count, calls, doors[rank], 10.0).run().all
+            except Died:
+                doors[rank].close()
+
+    for rank in dead:
+        doors[rank].close()
+    threads = []
+    for rank in set(range(count)) - dead:
+        steps = 10_000
+        if chance.random() < 0.35:
+            steps = chance.choice((1, 2, 3, 4, 6, 8))
+        else:
+            healthy.add(rank)
+        threads.append(threading.Thread(target=come, args=(rank, chance.choice((0.0, 0.05, 0.2)), steps)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(SOON_S)
+        assert not thread.is_alive()
+    assert healthy <= set(found)
+    for rank in found:
+        doors[rank].close()
+    return dead, set(found), list(found.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whoever_dies_and_when_the_others_find_the_same(seed: int) -> None:
+    dead, alive, found = random_meeting(seed)
+    for one in found:
+        assert isinstance(one, frozenset)
+        assert one == found[0]
+        assert dead <= one
+        assert not one & alive
+
+
+def test_strangers_at_the_door_change_nothing() -> None:
     doors = [_door.Door("127.0.0.1") for _ in range(3)]
     strangers = []
     for words in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100_000, b'{"topic": "test", "rank": "x"}\n', b"[1]\n", b""):
