@@ -46,9 +46,14 @@ def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Map
 
 
 def load(
-    held: Mapping[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Stateful]
+    held: Mapping[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Stateful],
+    *,
+    randomness: bool,
 ) -> None:
-    """Raises MismatchError if the worker was set up otherwise than those that are at work."""
+    """`randomness`: the random state, too. Raises MismatchError: this worker was set up otherwise than those at work."""
     missing = sorted(set(held["state"]) ^ set(state))
     if missing:
         raise errors.MismatchError(f"state: not both this worker and the others have {', '.join(missing)}")
@@ -59,8 +64,9 @@ def load(
         raise errors.MismatchError(f"this worker's model or optimizer is not that of the others: {error}") from error
     for name, one in state.items():
         one.load_state_dict(held["state"][name])
-    torch.set_rng_state(held["torch"])
-    random.setstate(held["python"])
+    if randomness:
+        torch.set_rng_state(held["torch"])
+        random.setstate(held["python"])
 
 
 def exchange(held: dict[str, Any] | None, source: int, *, wanted: bool) -> dict[str, Any] | None:

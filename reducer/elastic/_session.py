@@ -405,7 +405,8 @@ class Session:
             held = _handover.collect(self._model, self._optimizer, self._state)
         got = _handover.exchange(held, at.source, wanted=at.rank in at.new)
         if got is not None:
-            _handover.load(got, self._model, self._optimizer, self._state)
+            # At the start of the job each keeps its own seed.
+            _handover.load(got, self._model, self._optimizer, self._state, randomness=at.step > 0)
         if at.rank in at.new:
             self._step = at.step
             self._new = False

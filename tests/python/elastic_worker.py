@@ -118,6 +118,7 @@ def work(plan: Plan) -> None:
 
 
 def _train(plan: Plan, note: Callable[..., None], changed: Callable[[elastic.Change], None]) -> None:
+    torch.manual_seed(plan.slot)
     model = Model(plan.slot)
     optimizer = optimizer_of(model)
     sampler = elastic.Sampler(997, 3, seed=5)
@@ -132,7 +133,7 @@ def _train(plan: Plan, note: Callable[..., None], changed: Callable[[elastic.Cha
     _arm(plan, session, note)
     with session:
         for step in session.steps(plan.steps):
-            note("begin", step=step, indices=sampler.indices())
+            note("begin", step=step, indices=sampler.indices(), drawn=float(torch.rand(1)))
             _die(plan, "begin", step)
             model(plan.slot, step).backward()
             threading.Event().wait(plan.step_s)

@@ -56,6 +56,10 @@ def test_a_lost_worker_costs_no_more_than_the_step(job: Job, on_loss: str, place
     if place == "begin":
         assert contributions[LOST_AT] == [0, 1, 3]
         assert {begun(job, slot, LOST_AT) for slot in (0, 1, 3)} == {2 if on_loss == "retry" else 1}
+        # Each has its own random numbers, and the same ones when it does the step again.
+        drawn = [{one["drawn"] for one in job.events(slot, "begin") if one["step"] == LOST_AT} for slot in (0, 1, 3)]
+        assert [len(numbers) for numbers in drawn] == [1, 1, 1]
+        assert len(set.union(*drawn)) == 3
     else:
         # The lost one's gradient was in already: the step is whole where all others had that.
         assert contributions[LOST_AT] in ([0, 1, 2, 3], [0, 1, 3])
@@ -110,6 +114,10 @@ def test_two_come_at_once(job: Job) -> None:
     assert job.finish() == {0: 0, 1: -9, 2: 0, 3: 0, 4: 0}
     contributions = job.check(150)
     assert [0, 1, 2, 3] in contributions
+    # A new worker draws what the one draws that gave it the state.
+    first = job.events(2, "begin")[0]
+    drawn = {one["drawn"] for slot in (0, 1) for one in job.events(slot, "begin") if one["step"] == first["step"]}
+    assert first["drawn"] in drawn
     assert contributions[-1] == [0, 2, 3, 4]
     assert all(len(slots) <= 4 for slots in contributions)
 
