@@ -53,7 +53,7 @@ def load(
     *,
     randomness: bool,
 ) -> None:
-    """`randomness`: the random state, too. Raises MismatchError: this worker was set up otherwise than those at work."""
+    """`randomness`: the random state, too. Raises MismatchError: this worker was set up otherwise than the others."""
     missing = sorted(set(held["state"]) ^ set(state))
     if missing:
         raise errors.MismatchError(f"state: not both this worker and the others have {', '.join(missing)}")
