@@ -20,6 +20,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reducer._shrink import shrink
     from reducer.errors import (
         AbortedError,
         InternalError,
@@ -49,14 +50,16 @@ __all__ = [
     "VersionError",
     "__version__",
     "dump",
+    "shrink",
 ]
 
+_MODULE_OF = {"Options": "reducer.options", "dump": "reducer.recorder", "shrink": "reducer._shrink"}
 _ENTRY_POINT_GROUP = "torch.backends"
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = {"Options": "reducer.options", "dump": "reducer.recorder"}.get(name, "reducer.errors")
+        module = _MODULE_OF.get(name, "reducer.errors")
         return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'reducer' has no attribute {name!r}")
 

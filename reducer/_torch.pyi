@@ -81,6 +81,12 @@ class ReducerBackend(Backend):
     def algorithm(self) -> str:
         """The algorithm in use, or the algorithms by size, "auto" resolved."""
 
+    @property
+    def job(self) -> bytes:
+        """16 bytes, equal on all ranks; those of a shrunk or split group follow from its parent's and its ranks."""
+    @property
+    def workers(self) -> list[str]:
+        """Where the reducer inside each worker listens, by rank."""
     def abort_work(self, work: Work) -> None:
         """Gives one call up, on this rank and so on all: the others get an error that says so; the group goes on."""
 

@@ -15,6 +15,8 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from reducer import _core, errors, tuning
+from reducer import _core, _door, errors, tuning
 from reducer.options import Options, Settings, resolve, signal_number
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ _FAREWELL = timedelta(seconds=5)
 _MEMORY_NEEDED = 1 << 20
 
 _native: ModuleType | None = None
+# While a group is made, for who can tell: the ranks whose processes have ended, and their hosts.
+_ended: Callable[[], dict[int, str]] | None = None
 
 
 def _minor(version: str) -> str:
@@ -63,6 +67,20 @@ def load_native() -> ModuleType:
         atexit.register(_torch.shutdown_all)
         _native = _torch
     return _native
+
+
+@contextmanager
+def watching(ended: Callable[[], dict[int, str]]) -> Iterator[None]:
+    """A group that is made inside does not wait for ranks whose processes have `ended`: their hosts by rank.
+
+    Thread safety: one thread at a time.
+    """
+    global _ended
+    _ended = ended
+    try:
+        yield
+    finally:
+        _ended = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,10 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
         settings = resolve(backend_options)
         _set_log_level(settings.log)
         native = load_native()
+        bind_host = choose_bind_host(place.store, settings)
+        door = _door.door_at(bind_host)
         runtime = native.Runtime(
-            bind_host=_bind_host(place, settings),
+            bind_host=bind_host,
             congestion_control=settings.congestion_control,
             transport=settings.transport,
             recorder_entries=settings.recorder_entries,
@@ -128,10 +148,11 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
     except Exception as error:
         _publish_failure(place, error)
         raise
-    _publish_entry(place, runtime.address, settings)
+    _publish_entry(place, runtime.address, door.address, settings)
     verdict = _conclude(place, settings) if place.rank == 0 else _await_verdict(place)
     if verdict["flat"] and place.rank == 0:
         log.warning(place.says("%s; every rank goes over the network for itself"), verdict["flat"])
+    _door.remember(verdict["workers"], verdict["doors"])
     backend: _torch.ReducerBackend = native.ReducerBackend(
         runtime=runtime,
         job=bytes.fromhex(verdict["job"]),
@@ -203,9 +224,11 @@ def _set_log_level(level: str) -> None:
         log.addHandler(logging.StreamHandler())
 
 
-def _bind_host(place: _Place, settings: Settings) -> str:
-    """This process' address for others: on the interface that was asked for, or towards the store's host."""
-    store: Any = place.store
+def choose_bind_host(store: Any, settings: Settings) -> str:
+    """This process' address for others: on the interface that was asked for, or towards the store's host.
+
+    Raises InvalidArgumentError.
+    """
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     peer = getattr(store, "host", None) or os.environ.get("MASTER_ADDR") or "127.0.0.1"
@@ -218,10 +241,11 @@ def _bind_host(place: _Place, settings: Settings) -> str:
 # ---------------------------------------------------------------- what ranks tell each other
 
 
-def _publish_entry(place: _Place, address: str, settings: Settings) -> None:
+def _publish_entry(place: _Place, address: str, door: str, settings: Settings) -> None:
     shared = {"reducer": _core.version, "protocol": str(_core.protocol_version), **settings.shared}
     entry = {
         "address": address,
+        "door": door,
         "host": place.host,
         # Tests play several hosts on one machine.
         "place": os.environ.get("REDUCER_TEST_PLACE") or _core.host_identity(),
@@ -274,6 +298,22 @@ def _wait(place: _Place, key: str, patience: timedelta) -> bool:
     return True
 
 
+def _wait_for_rank_0(place: _Place, patience: timedelta) -> bool:
+    """Whether its verdict came in time. Raises UnavailableError: it has ended, or the store is gone."""
+    if _ended is None:
+        return _wait(place, "verdict", patience)
+    deadline = time.monotonic() + patience.total_seconds()
+    pause = 0.001
+    while not _is_there(place, f"{place.prefix}/verdict"):
+        if time.monotonic() >= deadline:
+            return False
+        if 0 in (ended := _ended()):
+            raise errors.UnavailableError(f"rank 0 ({ended[0]}) has ended while the group was being made")
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.5)
+    return True
+
+
 def _is_there(place: _Place, key: str) -> bool:
     """Raises UnavailableError if the store is gone."""
     try:
@@ -291,7 +331,7 @@ def _store_lost(error: Exception) -> errors.UnavailableError:
 
 def _await_verdict(place: _Place) -> dict[str, Any]:
     try:
-        came = _wait(place, "verdict", place.timeout + _VERDICT_GRACE)
+        came = _wait_for_rank_0(place, place.timeout + _VERDICT_GRACE)
     except errors.UnavailableError as error:
         raise errors.UnavailableError(place.says(str(error))) from error
     if not came:
@@ -341,6 +381,7 @@ def _conclude(place: _Place, settings: Settings) -> dict[str, Any]:
             "job": secrets.token_hex(16),
             "workers": [entries[rank]["address"] for rank in range(place.world_size)],
             "hosts": [entries[rank]["host"] for rank in range(place.world_size)],
+            "doors": [entries[rank]["door"] for rank in range(place.world_size)],
             "servers": servers,
             "worker_bandwidths": [entry["bandwidth"] for _, entry in sorted(entries.items()) if settings.bandwidth],
             "server_bandwidths": server_bandwidths,
@@ -424,6 +465,9 @@ def _collect(place: _Place) -> dict[int, dict[str, Any]]:
                 continue
             entries[rank] = json.loads(place.store.get(key))
             missing.remove(rank)
+        for rank, host in (_ended() if _ended is not None else {}).items():
+            if rank in missing:
+                entries[rank] = {"error": "its process has ended", "host": host, "kind": "UnavailableError"}
         if any("error" in entry for entry in entries.values()):
             break
     return entries

@@ -1,6 +1,7 @@
-"""The command ``reducer``: serve, stats, dump, blame, bench, tune, simulate, info.
+"""The command ``reducer``: serve, stats, dump, blame, bench, simulate, tune, rendezvous, info.
 
-It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench` needs it.
+It starts without torch, which takes seconds to import and which a reducer's host need not have: only `bench`, `tune`
+and `rendezvous` need it.
 """
 
 from __future__ import annotations
@@ -304,6 +305,17 @@ def tune(context: typer.Context) -> None:
     except ModuleNotFoundError as error:
         raise ReducerError(f"measuring needs {error.name}: pip install 'reducer[bench]'") from error
     _run_apart(tune_command, context)
+
+
+@app.command(add_help_option=False, context_settings=_APART)
+def rendezvous(context: typer.Context) -> None:
+    """Hold the store by which the workers of an elastic job find each other."""
+    try:
+        # It imports torch.
+        from reducer.rendezvous import rendezvous_command
+    except ModuleNotFoundError as error:
+        raise ReducerError(f"a store needs {error.name}: pip install torch") from error
+    _run_apart(rendezvous_command, context)
 
 
 @app.command()

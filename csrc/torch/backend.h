@@ -135,6 +135,9 @@ class ReducerBackend final : public c10d::Backend {
   WorkPtr recv(Tensors& tensors, int from, int tag) override;
   WorkPtr recvAnysource(Tensors& tensors, int tag) override;
 
+  /// What a group was made with: its job, and the address of each rank's reducer, by rank.
+  const std::string& job() const { return config_.job; }
+  const std::vector<std::string>& workers() const { return config_.workers; }
   /// What the group has moved so far, and how. After shutdown() these raise.
   collective::GroupCounters counters() { return session()->group->counters(); }
   std::vector<collective::SizeRange> ranges() { return session()->group->ranges(); }
@@ -213,6 +216,7 @@ class ReducerBackend final : public c10d::Backend {
   std::atomic<std::int64_t> ephemeral_ms_{0};
   std::atomic<std::uint64_t> calls_{0};
   std::atomic<std::uint64_t> splits_{0};
+  std::atomic<bool> aborted_{false};
   const ReducerWork::Shared shared_;
   std::mutex mutex_;
   std::shared_ptr<Session> session_;  // null after shutdown()

@@ -17,6 +17,8 @@ using collective::Group;
 
 // How long the goodbyes may take: a peer that does not answer cannot hold up the end of a group.
 constexpr auto kGoodbye = std::chrono::seconds(5);
+// The same where something went wrong before: some peer is likely not to answer.
+constexpr auto kGoodbyeAborted = std::chrono::seconds(1);
 
 /// Lets others have the GIL while this thread joins threads; does nothing if this thread does not
 /// hold it.
@@ -126,7 +128,7 @@ void ReducerBackend::leave() {
   }
   if (session) {
     session->group->close();
-    session->group->waitClosed(kGoodbye);
+    session->group->waitClosed(aborted_ ? kGoodbyeAborted : kGoodbye);
   }
   shared_.launches->stop();
   session.reset();
@@ -149,6 +151,7 @@ void ReducerBackend::abort() {
     session = session_;
   }
   if (!session) return;
+  aborted_ = true;
   session->group->abort("abort() was called on rank " + std::to_string(rank_));
   shared_.launches->hurry();
 }

@@ -206,6 +206,9 @@ PYBIND11_MODULE(_torch, m) {
       .def_property_readonly(
           "algorithm",
           [](ReducerBackend& backend) { return reducer::collective::textOf(backend.ranges()); })
+      .def_property_readonly("job",
+                             [](const ReducerBackend& backend) { return py::bytes(backend.job()); })
+      .def_property_readonly("workers", &ReducerBackend::workers)
       .def("counters", &countersOf)
       .def("explain", &explain, py::arg("nbytes"))
       .def(

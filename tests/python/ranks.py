@@ -32,8 +32,9 @@ READY = "reducer ready on "
 _END_S = 20.0
 
 # Forked from a server that has imported torch once: a rank starts in milliseconds, and in a process with no threads.
+# (The first optimizer of a process would import torch._dynamo, for a second and more.)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "hypothesis"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest", "hypothesis"])
 
 
 class RankFailure(AssertionError):

@@ -75,6 +75,7 @@ def test_version() -> None:
         (("blame",), ["PATH", "--verbose", "--json", "reducer dump"]),
         (("info",), ["settings in effect"]),
         (("bench",), ["--backend", "--algorithm", "--ranks", "--json", "--png", "--explain"]),
+        (("rendezvous",), ["--listen", "elastic.Session"]),
         (("tune",), ["--output", "--chunks", "--reducers", "REDUCER_TUNING", "torchrun"]),
     ],
 )
