@@ -12,8 +12,20 @@ Sample = tuple[str, int, int, int, int, int, int, int]
 class Runtime:
     """A hold on the transport of this process and on the reducer inside it, which its groups share."""
 
-    def __init__(self, bind_host: str, congestion_control: str, transport: str) -> None:
-        """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
+    def __init__(
+        self,
+        bind_host: str,
+        congestion_control: str,
+        transport: str,
+        tls_cert: str,
+        tls_key: str,
+        tls_ca: str,
+        token_file: str,
+    ) -> None:
+        """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError, ValueError.
+
+        The last four are paths, "" for none.
+        """
 
     @property
     def address(self) -> str:

@@ -135,6 +135,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.hello.rank = config_.rank;
   link.hello.world_size = config_.world_size;
   link.hello.host = config_.host;
+  link.hello.token = config_.token;
   link.hello.window_bytes = link.window_bytes;
   link.hello.config_text = settings_text;
   link.hello.config = fnv1a(settings_text);

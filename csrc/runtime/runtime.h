@@ -10,6 +10,8 @@
 #include "collective/settings.h"
 #include "common/status.h"
 #include "server/server.h"
+#include "server/tokens.h"
+#include "transport/grpc/tls.h"
 #include "transport/transport.h"
 
 namespace reducer::runtime {
@@ -19,6 +21,8 @@ struct RuntimeOptions {
   int threads = 1;                          ///< completion-queue threads
   std::string congestion_control = "auto";  ///< as in transport::GrpcOptions
   collective::Carrier carrier = collective::Carrier::kAuto;
+  transport::TlsFiles tls;  ///< of both ends: workers serve each other
+  std::string token_file;   ///< with the job's token; empty: it has none
 };
 
 /// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).
@@ -33,10 +37,13 @@ class Runtime {
   server::ReducerServer& server() { return *server_; }
   /// "host:port" where other workers reach the reducer inside this process.
   std::string address() const { return server_->address(); }
+  /// For a group that is made now; empty if there is no token file.
+  Result<std::string> token();
 
  private:
   Runtime() = default;
   int owner_ = 0;  // the process that has the threads
+  std::shared_ptr<server::TokenFile> tokens_;
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<server::ReducerServer> server_;
 };

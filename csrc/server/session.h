@@ -34,6 +34,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::vector<std::uint32_t> hosts;  // of its ranks
     std::string config_host;           // who set it
     std::uint64_t window_bytes = 0;    // of each worker
+    std::string token;                 // of whoever made it
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
     std::vector<std::uint32_t> lost;              // owners, rising: kept by rank 0's reducer
@@ -117,6 +118,15 @@ class Session final : public transport::Handler,
   std::string job();
 
  private:
+  /// What has been answered and has not left this process, because the worker does not read it.
+  struct Unread {
+    std::atomic<std::int64_t> bytes{0};
+    std::atomic<std::int64_t> frames{0};
+  };
+  /// The payload, counted until its bytes have left.
+  Payload counted(Payload payload);
+  /// What the worker may have pushed and not yet read: its promise, once for each.
+  bool withinPromise() const;
   Status dispatch(const wire::Frame& frame, Payload payload);
   Status push(const wire::Frame& frame, Payload payload);
   Status again(const wire::Frame& frame, Payload payload);
@@ -135,6 +145,7 @@ class Session final : public transport::Handler,
   std::atomic<bool> said_bye_{false};
   std::atomic<std::int64_t> outstanding_bytes_{0};
   std::atomic<std::int64_t> outstanding_frames_{0};
+  const std::shared_ptr<Unread> unread_ = std::make_shared<Unread>();
   std::atomic<std::uint32_t> epoch_{0};  // the latest of its frames
   // Of what came again since it last settled.
   std::atomic<std::uint64_t> again_bytes_{0};

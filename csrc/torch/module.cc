@@ -30,11 +30,15 @@ collective::Carrier carrierOf(const std::string& name) {
 class RuntimeHold {
  public:
   RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
-              const std::string& transport) {
+              const std::string& transport, const std::string& tls_cert,
+              const std::string& tls_key, const std::string& tls_ca,
+              const std::string& token_file) {
     runtime::RuntimeOptions options;
     options.carrier = carrierOf(transport);
     options.bind_host = bind_host;
     options.congestion_control = congestion_control;
+    options.tls = {tls_cert, tls_key, tls_ca};
+    options.token_file = token_file;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
       const py::gil_scoped_release without_gil;
       return runtime::Runtime::acquire(options);
@@ -92,6 +96,9 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.workers = std::move(workers);
   config.servers = std::move(servers);
   config.host = runtime::hostLabel();
+  Result<std::string> token = hold.runtime()->token();
+  if (!token.ok()) raise(token.status());
+  config.token = std::move(token).value();
   Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
@@ -148,8 +155,10 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&, const std::string&, const std::string&>(),
-           py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"))
+      .def(py::init<const std::string&, const std::string&, const std::string&, const std::string&,
+                    const std::string&, const std::string&, const std::string&>(),
+           py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"),
+           py::arg("tls_cert"), py::arg("tls_key"), py::arg("tls_ca"), py::arg("token_file"))
       .def_property_readonly("address", &RuntimeHold::address);
 
   const auto copied = [](const ReducerOptions& options) {

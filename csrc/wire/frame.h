@@ -67,6 +67,7 @@ struct Hello {
   std::string config_text;         ///< the same settings, readable, for the message if they differ
   /// The host of every rank, numbered by its lowest rank (Placement); empty: one for each.
   std::vector<std::uint32_t> hosts;
+  std::string token;  ///< the job's secret: in no message, ever; empty: it has none
   bool operator==(const Hello&) const = default;
 };
 

@@ -77,6 +77,7 @@ inline wire::Hello anyHello(Random& random) {
   hello.config = random();
   hello.config_text = anyText(random);
   hello.hosts = anyHosts(random, hello.world_size);
+  if (upTo(random, 1) == 0) hello.token = anyText(random).substr(0, kMaxTokenBytes);
   return hello;
 }
 

@@ -48,6 +48,7 @@ void fillHello(const wire::Hello& hello, v1::Hello& out) {
   out.set_config(hello.config);
   out.set_config_text(hello.config_text);
   for (const std::uint32_t host : hello.hosts) out.add_hosts(host);
+  out.set_token(hello.token);
 }
 
 /// The same frame as another client would build it.

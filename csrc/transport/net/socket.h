@@ -71,6 +71,12 @@ std::pair<Fd, SocketAddress> acceptFrom(int listening);
 /// The socket counts as readable once this many bytes wait (or it has ended).
 void wakeAt(int fd, int nbytes);
 
+/// gRPC makes TLS connections itself: its sockets that are connected to "host:port" get what those
+/// made here have.
+void careForSocketsTo(const std::string& address, const std::string& congestion_control);
+
+bool isLoopback(const SocketAddress& address);
+
 /// The address that the socket is bound to.
 SocketAddress localAddress(int fd);
 
