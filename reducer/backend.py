@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import ipaddress
-import itertools
 import json
 import logging
 import os
@@ -511,8 +510,10 @@ def _resolve_servers(settings: Settings) -> tuple[list[str], list[int]]:
         return servers, []
     found = [
         (_named(name, address) if settings.tls else address, bandwidth)
-        for name, bandwidth in itertools.zip_longest(settings.servers, settings.server_bandwidths, fillvalue=0)
-        for address in _core.resolve_servers([str(name)])
+        for name, bandwidth in zip(
+            settings.servers, settings.server_bandwidths or [0] * len(settings.servers), strict=True
+        )
+        for address in _core.resolve_servers([name])
     ]
     return [address for address, _ in found], [bandwidth for _, bandwidth in found if bandwidth]
 

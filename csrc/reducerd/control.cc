@@ -74,12 +74,12 @@ class ControlService final : public v1::Control::Service {
     if (!tokens_) return true;
     const auto& metadata = context.client_metadata();
     const auto found = metadata.find(kTokenKey);
-    return found != metadata.end() &&
-           tokens_->admits({found->second.data(), found->second.size()});
+    return found != metadata.end() && tokens_->admits({found->second.data(), found->second.size()});
   }
   static grpc::Status stranger() {
-    return {grpc::StatusCode::PERMISSION_DENIED,
-            "it answers only to who has a token of its jobs; set REDUCER_TOKEN_FILE (--token-file)"};
+    return {
+        grpc::StatusCode::PERMISSION_DENIED,
+        "it answers only to who has a token of its jobs; set REDUCER_TOKEN_FILE (--token-file)"};
   }
 
   const std::shared_ptr<server::TokenFile> tokens_;

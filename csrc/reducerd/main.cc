@@ -54,11 +54,12 @@ void warnIfOpen(const Options& options) {
   if (mutual || !options.token_file.empty() || !addresses.ok()) return;
   const std::vector<transport::net::SocketAddress>& all = addresses.value();
   if (std::all_of(all.begin(), all.end(), transport::net::isLoopback)) return;
-  std::fprintf(stderr,
-               "reducer-server: warning: whoever reaches %s may join jobs, change their gradients "
-               "and use up its memory; give it --token-file, or --tls-cert, --tls-key and --tls-ca, "
-               "or listen where only your hosts are (docs/security.md)\n",
-               options.listen.c_str());
+  std::fprintf(
+      stderr,
+      "reducer-server: warning: whoever reaches %s may join jobs, change their gradients "
+      "and use up its memory; give it --token-file, or --tls-cert, --tls-key and --tls-ca, "
+      "or listen where only your hosts are (docs/security.md)\n",
+      options.listen.c_str());
 }
 
 int failed(const Status& status) {
@@ -92,9 +93,9 @@ int serve(const Options& options) {
   settings.shards = 16 * options.threads;
   settings.host = runtime::hostLabel();
   settings.tokens = tokens;
+  settings.counts_unread = true;
   server::ReducerServer server(*transport, settings);
-  if (Status status = server.listen(options.listen); !status.ok())
-    return failed(status);
+  if (Status status = server.listen(options.listen); !status.ok()) return failed(status);
   control.attach(server);
   std::printf("reducer ready on %s (protocol %u, threads %d, memory limit %s)\n",
               server.address().c_str(), kProtocolVersion, options.threads,

@@ -2,53 +2,16 @@
 
 #include <google/protobuf/util/json_util.h>
 #include <grpcpp/grpcpp.h>
-#include <poll.h>
-#include <sys/socket.h>
 
 #include <chrono>
-#include <string_view>
 
 #include "reducer.grpc.pb.h"
 #include "reducerd/control.h"
 #include "server/tokens.h"
 #include "transport/grpc/channel_args.h"
 #include "transport/grpc/tls.h"
-#include "transport/net/dialer.h"
 
 namespace reducer::reducerd {
-namespace {
-
-namespace net = transport::net;
-
-constexpr std::chrono::milliseconds kPatience{2000};
-
-bool waitFor(const net::Fd& fd, short events) {
-  pollfd polled{fd.get(), events, 0};
-  return ::poll(&polled, 1, static_cast<int>(kPatience.count())) > 0;
-}
-
-/// What a connection of our own finds out that gRPC does not tell: TLS that is wrong, or here or
-/// there only. Ok: nothing.
-Status explain(const std::string& address, const transport::TlsFiles& tls) {
-  auto resolved = net::resolve(address);
-  if (!resolved.ok()) return {};
-  auto started = net::startConnect(resolved.value().front(), "system");
-  if (!started.ok()) return {};
-  net::Fd fd = std::move(started).value();
-  if (!waitFor(fd, POLLOUT) || !net::connectError(fd.get()).empty()) return {};
-  if (tls.on()) {
-    return transport::grpc_detail::tryHandshake(std::move(fd), address, tls, kPatience);
-  }
-  char answer[net::kGreetingBytes];
-  const bool told =
-      ::send(fd.get(), net::kGreeting.data(), net::kGreetingBytes, MSG_NOSIGNAL) > 0 &&
-      waitFor(fd, POLLIN) &&
-      ::recv(fd.get(), answer, sizeof answer, 0) == static_cast<ssize_t>(sizeof answer) &&
-      std::string_view(answer, sizeof answer) == net::kTlsOnly;
-  return told ? net::tlsWanted(address) : Status();
-}
-
-}  // namespace
 
 Result<std::string> queryStats(const Options& options) {
   const std::string& address = options.stats_of;
@@ -74,7 +37,7 @@ Result<std::string> queryStats(const Options& options) {
     return Status(Code::kInvalidArgument, address + ": " + status.error_message());
   }
   if (!status.ok()) {
-    if (Status why = explain(address, options.tls); !why.ok()) return why;
+    if (Status why = transport::grpc_detail::explain(address, options.tls); !why.ok()) return why;
     return Status(Code::kUnavailable,
                   "no reducer answers at " + address + ": " + status.error_message());
   }

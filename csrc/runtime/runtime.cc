@@ -45,9 +45,10 @@ bool informs() {
 
 Status checkSecurity(const RuntimeOptions& options) {
   if (options.tls.on() && options.carrier == collective::Carrier::kTcp) {
-    return Status(Code::kInvalidArgument,
-                  "REDUCER_TRANSPORT is 'tcp', which has no TLS, and REDUCER_TLS_* asks for it; use "
-                  "'auto' or 'grpc'");
+    return Status(
+        Code::kInvalidArgument,
+        "REDUCER_TRANSPORT is 'tcp', which has no TLS, and REDUCER_TLS_* asks for it; use "
+        "'auto' or 'grpc'");
   }
   return transport::checkTls(options.tls, transport::TlsRole::kBoth);
 }
@@ -90,9 +91,10 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
                                                 "' in the same process");
     }
     if (s.options.tls != options.tls || s.options.token_file != options.token_file) {
-      return Status(Code::kInvalidArgument,
-                    "this process has groups with other TLS files or another token file already; "
-                    "REDUCER_TLS_* and REDUCER_TOKEN_FILE are the same for all groups of a process");
+      return Status(
+          Code::kInvalidArgument,
+          "this process has groups with other TLS files or another token file already; "
+          "REDUCER_TLS_* and REDUCER_TOKEN_FILE are the same for all groups of a process");
     }
     return runtime;
   }

@@ -11,7 +11,7 @@
 #include "common/status.h"
 #include "server/server.h"
 #include "server/tokens.h"
-#include "transport/grpc/tls.h"
+#include "transport/hosts/factory.h"
 #include "transport/transport.h"
 
 namespace reducer::runtime {

@@ -1,5 +1,6 @@
 #include "server/session.h"
 
+#include <algorithm>
 #include <span>
 #include <utility>
 #include <vector>
@@ -154,16 +155,17 @@ void Session::answer(const wire::Frame& frame, Payload payload) {
   if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
     --outstanding_frames_;
   }
-  if (!state_->options.standalone || in_process) {
+  if (!state_->options.counts_unread || in_process) {
     return connection_->send(frame, std::move(payload));
   }
   payload = counted(std::move(payload));
   if (withinPromise()) return connection_->send(frame, std::move(payload));
   const std::string text =
-      "rank " + std::to_string(hello_.rank) + " (" + hello_.host + ") does not read its results: " +
-      std::to_string(unread_->bytes) + " bytes in " + std::to_string(unread_->frames) +
-      " frames wait for it, more than the window of " + std::to_string(hello_.window_bytes) +
-      " bytes that it announced, twice";
+      "rank " + std::to_string(hello_.rank) + " (" + hello_.host +
+      ") does not read its results: " + std::to_string(unread_->bytes) + " bytes in " +
+      std::to_string(unread_->frames) +
+      " frames wait for it; with what it pushes that is more than twice the window of " +
+      std::to_string(hello_.window_bytes) + " bytes that it announced";
   {
     const std::lock_guard lock(mutex_);
     if (std::exchange(refused_, true)) return;
@@ -188,8 +190,8 @@ Payload Session::counted(Payload payload) {
     std::int64_t nbytes;
     std::shared_ptr<const void> owner;
   };
-  auto hold = std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()),
-                                     payload.owner());
+  auto hold =
+      std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()), payload.owner());
   const std::span<const Bytes> pieces = payload.pieces();
   if (pieces.size() == 1) return Payload(pieces[0], std::move(hold));
   return Payload(std::vector<Bytes>(pieces.begin(), pieces.end()), std::move(hold));
@@ -197,7 +199,8 @@ Payload Session::counted(Payload payload) {
 
 bool Session::withinPromise() const {
   const auto window = static_cast<std::int64_t>(hello_.window_bytes * windows());
-  return unread_->bytes <= 2 * window && unread_->frames <= 2 * kOutstandingFramesMax;
+  const std::int64_t pushed = std::max<std::int64_t>(outstanding_bytes_, 0);
+  return pushed + unread_->bytes <= 2 * window && unread_->frames <= 2 * kOutstandingFramesMax;
 }
 
 void Session::refuse(Code code, const std::string& text) {

@@ -125,7 +125,9 @@ class Session final : public transport::Handler,
   };
   /// The payload, counted until its bytes have left.
   Payload counted(Payload payload);
-  /// What the worker may have pushed and not yet read: its promise, once for each.
+  /// What the worker has pushed and what it has not read are what was promised to it: its window,
+  /// twice (as long as bytes have been received, and this end is about to hear of it, they count
+  /// here, and the worker may have pushed as many anew).
   bool withinPromise() const;
   Status dispatch(const wire::Frame& frame, Payload payload);
   Status push(const wire::Frame& frame, Payload payload);

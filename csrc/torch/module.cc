@@ -30,9 +30,8 @@ collective::Carrier carrierOf(const std::string& name) {
 class RuntimeHold {
  public:
   RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
-              const std::string& transport, const std::string& tls_cert,
-              const std::string& tls_key, const std::string& tls_ca,
-              const std::string& token_file) {
+              const std::string& transport, const std::string& tls_cert, const std::string& tls_key,
+              const std::string& tls_ca, const std::string& token_file) {
     runtime::RuntimeOptions options;
     options.carrier = carrierOf(transport);
     options.bind_host = bind_host;

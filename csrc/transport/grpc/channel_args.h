@@ -15,8 +15,8 @@ void setServerArguments(grpc::ServerBuilder& builder);
 
 /// Settings of the whole process: what gRPC logs, how its locks behave.
 void prepareProcess();
-/// With TLS: strangers must not fill a log with lines about their handshakes, and what is wrong with
-/// one's own is told as a Status. GRPC_VERBOSITY=error shows them.
+/// With TLS: strangers must not fill a log with lines about their handshakes, and what is wrong
+/// with one's own is told as a Status. GRPC_VERBOSITY=error shows them.
 void silenceHandshakes();
 
 }  // namespace reducer::transport::grpc_detail

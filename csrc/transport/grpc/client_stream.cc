@@ -12,7 +12,8 @@ namespace {
 // How long the dialer's thread may be kept to find out what is wrong.
 constexpr Duration kHandshakeMax = std::chrono::seconds(3);
 
-// In what gRPC says of a server that takes TLS only (net/dialer.cc), and of any that knows no HTTP/2.
+// In what gRPC says of a server that takes TLS only (net/dialer.cc), and of any that knows no
+// HTTP/2.
 constexpr char kHttp1[] = "http1.x server";
 
 constexpr char kMethod[] = "/reducer.v1.Data/Exchange";
@@ -44,8 +45,7 @@ void ClientStream::onSocket(Fd fd) {
     if (tried.code() == Code::kInvalidArgument) return giveUp(tried);
     if (!tried.ok()) return core_.dialer().retry(this, tried.message());
   }
-  auto attempt =
-      std::make_shared<Attempt>(core_.channelTo(address_, std::move(fd)), core_.queue());
+  auto attempt = std::make_shared<Attempt>(core_.channelTo(address_, std::move(fd)), core_.queue());
   {
     const std::lock_guard lock(mutex_);
     if (cancelled_) return;
@@ -88,7 +88,8 @@ void ClientStream::onMetadata(bool ok) {
     const std::lock_guard lock(mutex_);
     established_ = true;
   }
-  if (core_.tls().on()) net::careForSocketsTo(dialledOf(address_), core_.dialer().congestionControl());
+  if (core_.tls().on())
+    net::careForSocketsTo(dialledOf(address_), core_.dialer().congestionControl());
   if (core_.dialer().forget(this)) end();
   read();
 }
@@ -97,16 +98,16 @@ void ClientStream::onAttemptFailed() {
   const auto attempt = this->attempt();
   const grpc::Status& status = attempt->status;
   if (status.error_message().find(kHttp1) != std::string::npos) {
-    return giveUp(Status(Code::kInvalidArgument,
-                         "no gRPC is spoken at " + address_ +
-                             ": it is no reducer, or " + net::tlsWanted(address_).message()));
+    return giveUp(Status(Code::kInvalidArgument, "no gRPC is spoken at " + address_ +
+                                                     ": it is no reducer, or " +
+                                                     net::tlsWanted(address_).message()));
   }
   if (status.error_code() != grpc::StatusCode::UNIMPLEMENTED) {
     return core_.dialer().retry(this, status.error_message());
   }
-  giveUp(Status(Code::kUnavailable,
-                address_ + " is a gRPC server, but not a reducer: it does not know " + kMethod +
-                    "; is the address right?"));
+  giveUp(Status(Code::kUnavailable, address_ +
+                                        " is a gRPC server, but not a reducer: it does not know " +
+                                        kMethod + "; is the address right?"));
 }
 
 void ClientStream::giveUp(const Status& failure) {

@@ -38,8 +38,7 @@ gpr_timespec deadlineAfter(Duration wait) {
   return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_nanos(ns, GPR_TIMESPAN));
 }
 
-Core::Core(const GrpcOptions& options)
-    : generation_(net::forkGeneration()), tls_(options.tls) {
+Core::Core(const GrpcOptions& options) : generation_(net::forkGeneration()), tls_(options.tls) {
   prepareProcess();
   const int threads = std::max(1, options.threads);
   grpc::ServerBuilder builder;
@@ -112,9 +111,8 @@ Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, 
   }
   listener->dialer_id = dialer_->startListening(
       std::move(socket),
-      [this, weak = std::weak_ptr<ListenerState>(listener)](Fd fd, const SocketAddress& peer,
-                                                            net::Speech,
-                                                            std::shared_ptr<net::Guest> guest) {
+      [this, weak = std::weak_ptr<ListenerState>(listener)](
+          Fd fd, const SocketAddress& peer, net::Speech, std::shared_ptr<net::Guest> guest) {
         if (const auto state = weak.lock()) take(std::move(fd), peer, std::move(guest), state);
       },
       tls_.on() ? net::Hearing::kTls : net::Hearing::kHttp2);

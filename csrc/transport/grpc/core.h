@@ -96,7 +96,7 @@ class Core {
  private:
   const std::uint64_t generation_;
   const TlsFiles tls_;
-  std::shared_ptr<grpc::ChannelCredentials> credentials_;            // with TLS
+  std::shared_ptr<grpc::ChannelCredentials> credentials_;                     // with TLS
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;  // likewise
   RawDataService service_;
   // One for all threads: gRPC has one set of sockets per process, whose events any thread that

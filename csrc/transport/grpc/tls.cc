@@ -1,7 +1,5 @@
 #include "transport/grpc/tls.h"
 
-#include <arpa/inet.h>
-#include <fcntl.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/security/tls_certificate_provider.h>
@@ -11,13 +9,16 @@
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <vector>
+#include <string_view>
+#include <utility>
 
 #include "transport/address.h"
+#include "transport/net/dialer.h"
 
 namespace reducer::transport {
 namespace {
@@ -25,6 +26,9 @@ namespace {
 using grpc::experimental::FileWatcherCertificateProvider;
 
 constexpr unsigned kRefreshSeconds = 1;
+
+// Each step of explain().
+constexpr std::chrono::milliseconds kExplainWithin{2000};
 
 template <auto kFree>
 struct Freed {
@@ -164,8 +168,8 @@ void watch(grpc::experimental::TlsCredentialsOptions& options, const TlsFiles& f
 /// Keeps the certificate that was not accepted: the handshake's end drops it.
 int keepRefused(int accepted, X509_STORE_CTX* check) {
   if (accepted == 1) return 1;
-  auto* const ssl = static_cast<SSL*>(
-      X509_STORE_CTX_get_ex_data(check, SSL_get_ex_data_X509_STORE_CTX_idx()));
+  auto* const ssl =
+      static_cast<SSL*>(X509_STORE_CTX_get_ex_data(check, SSL_get_ex_data_X509_STORE_CTX_idx()));
   X509* const shown = X509_STORE_CTX_get0_cert(check);
   auto* const kept = static_cast<Certificate*>(SSL_get_app_data(ssl));
   if (shown != nullptr && X509_up_ref(shown) == 1) kept->reset(shown);
@@ -222,11 +226,9 @@ Status notTls(const std::string& address) {
 }
 
 /// Waits for what the handshake lacks. False: not until the deadline.
-bool ready(const SSL* ssl, int fd, int error, TimePoint deadline) {
-  const auto left =
-      std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
+bool ready(int fd, int error, TimePoint deadline) {
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
   pollfd polled{fd, static_cast<short>(error == SSL_ERROR_WANT_WRITE ? POLLOUT : POLLIN), 0};
-  (void)ssl;
   return left > 0 && ::poll(&polled, 1, static_cast<int>(left)) > 0;
 }
 
@@ -239,7 +241,10 @@ void demand(SSL* ssl, const std::string& address) {
   SSL_set_tlsext_host_name(ssl, host.c_str());
 }
 
-/// Runs `step` until it is done. 0: not in time; else OpenSSL's error, SSL_ERROR_NONE if it did.
+// Beside OpenSSL's own errors.
+constexpr int kTooLate = -1;
+
+/// Runs `step` until it is done: SSL_ERROR_NONE; else what it failed by, or kTooLate.
 template <class Step>
 int drive(SSL* ssl, int fd, TimePoint deadline, const Step& step) {
   while (true) {
@@ -249,7 +254,7 @@ int drive(SSL* ssl, int fd, TimePoint deadline, const Step& step) {
     if (done > 0) return SSL_ERROR_NONE;
     const int error = SSL_get_error(ssl, done);
     if (error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE) return error;
-    if (!ready(ssl, fd, error, deadline)) return SSL_ERROR_WANT_CONNECT;  // stands for: too late
+    if (!ready(fd, error, deadline)) return kTooLate;
   }
 }
 
@@ -306,7 +311,7 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
   const int reason = ERR_GET_REASON(ERR_peek_error());
   ERR_clear_error();
   if (error == SSL_ERROR_NONE) return {};
-  if (error == SSL_ERROR_WANT_CONNECT) {
+  if (error == kTooLate) {
     return Status(Code::kTimeout, "the TLS handshake with " + address + " takes too long");
   }
   if (shaken) return distrusted(address, files);
@@ -325,6 +330,27 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
                       : "alert " + std::to_string(alert)));
   }
   return notTls(address);
+}
+
+Status explain(const std::string& address, const TlsFiles& files) {
+  auto resolved = net::resolve(address);
+  if (!resolved.ok()) return {};
+  auto started = net::startConnect(resolved.value().front(), "system");
+  if (!started.ok()) return {};
+  net::Fd fd = std::move(started).value();
+  const auto comes = [&fd](short events) {
+    pollfd polled{fd.get(), events, 0};
+    return ::poll(&polled, 1, static_cast<int>(kExplainWithin.count())) > 0;
+  };
+  if (!comes(POLLOUT) || !net::connectError(fd.get()).empty()) return {};
+  if (files.on()) return tryHandshake(std::move(fd), address, files, kExplainWithin);
+  char answer[net::kGreetingBytes];
+  const bool told =
+      ::send(fd.get(), net::kGreeting.data(), net::kGreetingBytes, MSG_NOSIGNAL) > 0 &&
+      comes(POLLIN) &&
+      ::recv(fd.get(), answer, sizeof answer, 0) == static_cast<ssize_t>(sizeof answer) &&
+      std::string_view(answer, sizeof answer) == net::kTlsOnly;
+  return told ? net::tlsWanted(address) : Status();
 }
 
 }  // namespace grpc_detail

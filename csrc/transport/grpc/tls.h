@@ -43,5 +43,9 @@ std::shared_ptr<grpc::ChannelCredentials> channelCredentials(const TlsFiles& fil
 Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& files,
                     Duration timeout);
 
+/// What a connection of its own finds out when gRPC could not connect: TLS that is wrong, or here
+/// or there only. Ok: nothing. Takes up to some seconds.
+Status explain(const std::string& address, const TlsFiles& files);
+
 }  // namespace grpc_detail
 }  // namespace reducer::transport

@@ -142,7 +142,8 @@ class HostsTransport final : public Transport {
 
 std::unique_ptr<Transport> makeHostsTransport(HostsOptions options) {
   REDUCER_CHECK(!options.grpc.tls.on() || options.network != Network::kTcp);
-  if (options.network == Network::kGrpc || options.grpc.tls.on()) return makeGrpcTransport(options.grpc);
+  if (options.network == Network::kGrpc || options.grpc.tls.on())
+    return makeGrpcTransport(options.grpc);
   return std::make_unique<HostsTransport>(std::move(options));
 }
 

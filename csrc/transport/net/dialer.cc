@@ -33,8 +33,8 @@ constexpr Duration kSpeakWithin = std::chrono::seconds(10);
 // Who has not answered the greeting by then is taken for a stranger. A busy host may take long.
 constexpr Duration kAnswerWithin = std::chrono::seconds(5);
 
-// The same as kTlsOnly for who speaks HTTP/2 (RFC 2817). gRPC tells its user of an HTTP/1 server with
-// this status. (After a GOAWAY it would try again at once, without end.)
+// The same as kTlsOnly for who speaks HTTP/2 (RFC 2817). gRPC tells its user of an HTTP/1 server
+// with this status. (After a GOAWAY it would try again at once, without end.)
 constexpr std::string_view kTlsOnlyHttp2 =
     "HTTP/1.1 426 Upgrade Required\r\n"
     "Upgrade: TLS/1.2\r\n"
@@ -58,8 +58,9 @@ Status noAnswer(const std::string& address, Duration timeout, const std::string&
 
 Status tlsWanted(const std::string& address) {
   return Status(Code::kInvalidArgument,
-                address + " takes connections by TLS only, and this process has none; set "
-                          "REDUCER_TLS_CA (and REDUCER_TLS_CERT and REDUCER_TLS_KEY) as there");
+                address +
+                    " takes connections by TLS only, and this process has none; set "
+                    "REDUCER_TLS_CA (and REDUCER_TLS_CERT and REDUCER_TLS_KEY) as there");
 }
 
 Dialer::Dialer(std::string congestion_control)

@@ -63,8 +63,7 @@ Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, 
 
 void Core::take(net::Fd fd, const net::SocketAddress& peer, std::shared_ptr<net::Guest> guest,
                 const std::shared_ptr<ListenerState>& listener) {
-  auto stream =
-      std::make_shared<Stream>(*this, net::toString(peer), listener, std::move(guest));
+  auto stream = std::make_shared<Stream>(*this, net::toString(peer), listener, std::move(guest));
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) return;
