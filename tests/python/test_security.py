@@ -157,6 +157,47 @@ def test_workers_and_reducers_on_their_own_hosts_meet_by_mutual_tls(tls: Files) 
             assert value == 6.0
 
 
+def test_on_all_interfaces_a_worker_that_said_hello_is_a_stranger_no_more(tls: Files) -> None:
+    with serving(*tls.options(), listen="[::]:0") as server:
+        address = f"127.0.0.1:{server.address.rsplit(':', 1)[1]}"
+        with Ranks(2, environment(address, **tls.environment())) as ranks:
+            assert [value for value, _ in ranks.call(one_sum)] == [3.0, 3.0]
+            # A stranger's connection has two descriptors: gRPC's, and one that tells of its end.
+            deadline = time.monotonic() + WAIT_S
+            while True:
+                held = [os.readlink(fd) for fd in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+                sockets = [name for name in held if name.startswith("socket:")]
+                if len(set(sockets)) == len(sockets) >= 3:
+                    break
+                assert time.monotonic() < deadline, sockets
+                time.sleep(0.02)
+
+
+def sockets_to(port: int) -> int:
+    """Connections of this process to that port."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            count += end.family in (socket.AF_INET, socket.AF_INET6) and end.getpeername()[1] == port
+    return count
+
+
+def sockets_here_and_in_a_child(port: int) -> tuple[int, int]:
+    one_sum()
+    child = os.fork()
+    if child == 0:
+        os._exit(sockets_to(port))
+    return sockets_to(port), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_holds_no_connection_by_tls(tls: Files) -> None:
+    with serving(*tls.options()) as server:
+        env = environment(server.address, **tls.environment())
+        port = int(server.address.rsplit(":", 1)[1])
+        # A child that kept one open would hide the death of its parent from all others.
+        assert run_ranks(2, sockets_here_and_in_a_child, port, env=env) == [(1, 0), (1, 0)]
+
+
 def test_with_only_an_authority_the_server_is_checked_and_the_client_is_not(tls: Files) -> None:
     with serving("--tls-cert", str(tls.cert), "--tls-key", str(tls.key)) as server:
         assert stats(server.address, "--tls-ca", str(tls.ca)).returncode == 0

@@ -74,6 +74,19 @@ Result<Fd> makeSocket(const SocketAddress& address, const std::string& congestio
   return fd;
 }
 
+/// "::ffff:10.0.0.4", which a socket for both kinds of address calls it, as 10.0.0.4.
+SocketAddress withoutMapping(const SocketAddress& address) {
+  const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address.storage);
+  if (address.storage.ss_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) return address;
+  SocketAddress plain;
+  auto& v4 = reinterpret_cast<sockaddr_in&>(plain.storage);
+  v4.sin_family = AF_INET;
+  v4.sin_port = v6.sin6_port;
+  std::memcpy(&v4.sin_addr, v6.sin6_addr.s6_addr + 12, sizeof v4.sin_addr);
+  plain.nbytes = sizeof v4;
+  return plain;
+}
+
 }  // namespace
 
 std::string errorText(int error) {
@@ -89,7 +102,8 @@ void Fd::reset(int fd) {
   fd_ = fd;
 }
 
-std::string toString(const SocketAddress& address) {
+std::string toString(const SocketAddress& any) {
+  const SocketAddress address = withoutMapping(any);
   char host[INET6_ADDRSTRLEN] = "?";
   if (address.storage.ss_family == AF_INET6) {
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address.storage);

@@ -42,8 +42,9 @@ struct SocketAddress {
 /// "connection refused": errno in words that stand in the middle of a sentence.
 std::string errorText(int error);
 
-/// "10.0.0.4:7000" or "[fe80::1]:7000".
-std::string toString(const SocketAddress& address);
+/// "10.0.0.4:7000" or "[fe80::1]:7000"; an IPv4 address as such, also where a socket for both kinds
+/// has it.
+std::string toString(const SocketAddress& any);
 
 /// The addresses behind "host:port" or "[v6]:port". A name is looked up, which may take as long as
 /// the system's resolver does. kInvalidArgument or kUnavailable with a text that has no address in
