@@ -18,12 +18,19 @@ class Runtime:
         bind_host: str,
         congestion_control: str,
         transport: str,
+        tls_cert: str,
+        tls_key: str,
+        tls_ca: str,
+        token_file: str,
         recorder_entries: int,
         recorder_dir: str,
         recorder_signal: int,
         warns: bool,
     ) -> None:
-        """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError."""
+        """Listens at a free port of `bind_host`, an address of this machine. ConnectionError, RuntimeError, ValueError.
+
+        The tls_* and token_file are paths, "" for none.
+        """
 
     @property
     def address(self) -> str:

@@ -141,6 +141,10 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
             recorder_dir=settings.recorder_dir,
             recorder_signal=signal_number(settings.recorder_signal),
             warns=_warns(settings),
+            tls_cert=settings.tls_cert,
+            tls_key=settings.tls_key,
+            tls_ca=settings.tls_ca,
+            token_file=settings.token_file,
         )
     except errors.ReducerError as error:
         _publish_failure(place, error)
@@ -203,7 +207,7 @@ def _measure(place: _Place, backend: _torch.ReducerBackend, settings: Settings, 
 
 def _ground(settings: Settings, verdict: dict[str, Any]) -> tuning.Ground:
     conditions: dict[str, Any] = {
-        "transport": settings.transport,
+        "transport": f"{settings.transport}+tls" if settings.tls else settings.transport,
         "checksum": settings.checksum,
         "chunk": settings.chunk_bytes,
         "window": settings.window_bytes,
@@ -555,16 +559,31 @@ def _check_bandwidths(entries: dict[int, dict[str, Any]], settings: Settings) ->
 
 
 def _resolve_servers(settings: Settings) -> tuple[list[str], list[int]]:
-    """Addresses, and the bandwidth of each if they are given: every address of a name has the name's."""
+    """Addresses, and the bandwidth of each if they are given: every address of a name has the name's.
+
+    With TLS an address keeps the name that it was found by, as "name/10.0.0.4:7000": the certificate is the name's.
+    """
     servers = _core.resolve_servers(list(settings.servers))
-    if not settings.server_bandwidths:
+    if not settings.server_bandwidths and not settings.tls:
         return servers, []
     found = [
-        (address, bandwidth)
-        for name, bandwidth in zip(settings.servers, settings.server_bandwidths, strict=True)
+        (_named(name, address) if settings.tls else address, bandwidth)
+        for name, bandwidth in zip(
+            settings.servers, settings.server_bandwidths or [0] * len(settings.servers), strict=True
+        )
         for address in _core.resolve_servers([name])
     ]
-    return [address for address, _ in found], [bandwidth for _, bandwidth in found]
+    return [address for address, _ in found], [bandwidth for _, bandwidth in found if bandwidth]
+
+
+def _named(server: str, address: str) -> str:
+    """The "host:port" as the settings have it, and one of its addresses: both in one text."""
+    host = server.rsplit(":", 1)[0]
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return f"{host}/{address}"
+    return address
 
 
 def _is_loopback(address: str) -> bool:

@@ -83,6 +83,19 @@ def serve(
         str,
         typer.Option(metavar="NAME", help="What workers' data may come by: auto (tcp and gRPC, on one port) or grpc."),
     ] = "auto",
+    tls_cert: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Certificate to show (PEM): all connections are TLS then, by gRPC."),
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key (PEM, without a passphrase).")] = None,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Authorities (PEM): who connects has to show a certificate of one of them."),
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Tokens, one a line: who connects has to have one of them."),
+    ] = None,
 ) -> None:
     """Run a reduction server on this host, until a signal ends it.
 
@@ -96,6 +109,10 @@ def serve(
 
     Workers find them by the environment:
     REDUCER_SERVERS=host1:7000,host2:7000
+
+    Files of TLS and tokens may also be named by REDUCER_TLS_CERT,
+    REDUCER_TLS_KEY, REDUCER_TLS_CA and REDUCER_TOKEN_FILE; they are read again
+    when they change (docs/security.md).
     """
     from reducer.serve import serve as start
 
@@ -105,7 +122,13 @@ def serve(
         arguments += ["--threads", str(threads)]
     if memory_limit is not None:
         arguments += ["--memory-limit", memory_limit]
-    start(arguments)
+    start([*arguments, *_security(tls_cert, tls_key, tls_ca, token_file)])
+
+
+def _security(tls_cert: str | None, tls_key: str | None, tls_ca: str | None, token_file: str | None) -> list[str]:
+    """The options of the native binary, which reads the environment itself."""
+    given = {"--tls-cert": tls_cert, "--tls-key": tls_key, "--tls-ca": tls_ca, "--token-file": token_file}
+    return [text for option, path in given.items() if path is not None for text in (option, path)]
 
 
 @app.command()
@@ -114,6 +137,16 @@ def stats(
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON for each reducer, in the given order; bytes and seconds.")
     ] = False,
+    tls_ca: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Authorities of the reducers' certificates (PEM): ask by TLS.")
+    ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A certificate to show to reducers that demand one (PEM).")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key (PEM).")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A token, for reducers that have tokens.")
+    ] = None,
 ) -> None:
     """Ask running reducers for their counters: memory, bytes, slots, groups.
 
@@ -122,13 +155,16 @@ def stats(
     Memory is reserved (promised to groups) or held (by chunks that wait for
     other ranks). A slot is one chunk of one operation. The exit status is 1 if
     a reducer does not answer within 5 seconds.
+
+    The files may also be named by REDUCER_TLS_CA, REDUCER_TLS_CERT,
+    REDUCER_TLS_KEY and REDUCER_TOKEN_FILE.
     """
     from reducer.serve import query_stats
 
     failed = False
     for address in addresses:
         try:
-            reply = query_stats(address)
+            reply = query_stats(address, _security(tls_cert, tls_key, tls_ca, token_file))
         except ReducerError as error:
             typer.echo(f"reducer: {error}", err=True)
             failed = True

@@ -61,7 +61,12 @@ class Options:
         Default: 1000.
     recorder_dir: where it writes reducer-JOB/rankR.json after an error or at a signal. Default: $TMPDIR, or /tmp.
     recorder_signal: that makes it write: "USR1", "USR2", "RTMIN+0" to "RTMIN+30", or "off". Default: "RTMIN+5".
+    tls_cert, tls_key, tls_ca: files in PEM: this worker's certificate, its key, and the authorities of all others'.
+        With them everything that crosses hosts is TLS, by gRPC. All three on all ranks, or none. Default: none.
+    token_file: a file with the job's secret, which workers and reducers of the job know each other by. Default: none.
     log: "off", "error", "warning", "info" or "debug". Default: "warning".
+
+    docs/security.md has TLS and tokens.
     """
 
     servers: str | Sequence[str] | None = None
@@ -80,6 +85,10 @@ class Options:
     recorder_entries: int | str | None = None
     recorder_dir: str | os.PathLike[str] | None = None
     recorder_signal: str | None = None
+    tls_cert: str | os.PathLike[str] | None = None
+    tls_key: str | os.PathLike[str] | None = None
+    tls_ca: str | os.PathLike[str] | None = None
+    token_file: str | os.PathLike[str] | None = None
     log: str | None = None
 
 
@@ -105,7 +114,16 @@ class Settings:
     recorder_entries: int = 1000
     recorder_dir: str = ""
     recorder_signal: str = RECORDER_SIGNAL
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    token_file: str = ""
     log: str = "warning"
+
+    @property
+    def tls(self) -> bool:
+        """Whether what crosses hosts is TLS."""
+        return bool(self.tls_cert or self.tls_key or self.tls_ca)
 
     @property
     def shared(self) -> dict[str, str]:
@@ -122,6 +140,9 @@ class Settings:
             "REDUCER_HEARTBEAT": f"{self.heartbeat.total_seconds():g}",
             "REDUCER_FAILOVER": "on" if self.failover else "off",
             "REDUCER_CHECKSUM": "on" if self.checksum else "off",
+            # Where the files are is each rank's own affair.
+            "TLS (REDUCER_TLS_CERT, _KEY and _CA)": "on" if self.tls else "off",
+            "REDUCER_TOKEN_FILE": "set" if self.token_file else "not set",
         }
 
 
@@ -215,6 +236,12 @@ def _read_transport(value: Any) -> str:
     return _core.parse_transport(str(value))
 
 
+def _read_path(value: Any) -> str:
+    """An absolute path: the file is read again later, wherever the process is then."""
+    path = _read_text(os.fspath(value))
+    return os.path.abspath(os.path.expanduser(path)) if path else ""
+
+
 def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         text = str(value).strip().lower()
@@ -278,6 +305,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "recorder_entries": _read_entries,
     "recorder_dir": lambda value: _read_text(os.fspath(value)),
     "recorder_signal": _read_signal,
+    "tls_cert": _read_path,
+    "tls_key": _read_path,
+    "tls_ca": _read_path,
+    "token_file": _read_path,
     "log": _one_of(LOG_LEVELS),
 }
 
@@ -312,6 +343,10 @@ def resolve(options: Options | None = None, environ: Mapping[str, str] | None = 
         raise InvalidArgumentError(
             f"REDUCER_ALGORITHM: '{needing[0]}' needs standalone reducers, and REDUCER_SERVERS is empty; start some "
             "with `reducer serve` and name them there, or use 'direct'"
+        )
+    if settings.tls and settings.transport == "tcp":
+        raise InvalidArgumentError(
+            "REDUCER_TRANSPORT is 'tcp', which has no TLS, and REDUCER_TLS_* asks for it; use 'auto' or 'grpc'"
         )
     if settings.algorithm == "local" and settings.transport not in ("auto", "shm"):
         raise InvalidArgumentError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,13 +32,14 @@ def serve(arguments: list[str]) -> NoReturn:
         raise UnavailableError(f"{binary} cannot be run: {error.strerror}") from error
 
 
-def query_stats(address: str) -> dict[str, Any]:
+def query_stats(address: str, security: Sequence[str] = ()) -> dict[str, Any]:
     """The counters of the reducer at "host:port", by the names of reducer.v1.StatsReply (csrc/wire/reducer.proto).
 
-    Raises UnavailableError if none answers there within 5 s.
+    `security`: options of the binary for TLS and the token; the environment is read, too. Raises UnavailableError if
+    none answers there within 5 s, or not to us.
     """
     asked = subprocess.run(
-        [server_binary(), "--stats", address],
+        [server_binary(), *security, "--stats", address],
         capture_output=True,
         text=True,
         check=False,

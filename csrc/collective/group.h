@@ -41,6 +41,7 @@ struct GroupConfig {
   /// NICs are as fast. Ranks of one host share one, and have the same number.
   std::vector<std::uint64_t> worker_bandwidths;
   std::vector<std::uint64_t> server_bandwidths;
+  std::string token;  ///< the job's secret, told to reducers in the hello and to nobody else
   Settings settings;
   recorder::Recorder* recorder = nullptr;  ///< null: nothing is recorded. Must outlive the group
 };

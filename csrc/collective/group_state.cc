@@ -134,6 +134,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.hello.rank = config_.rank;
   link.hello.world_size = config_.world_size;
   link.hello.host = config_.host;
+  link.hello.token = config_.token;
   link.hello.window_bytes = link.window_bytes;
   link.hello.heartbeat_ms = static_cast<std::uint32_t>(config_.settings.heartbeat.count());
   link.hello.failover = link.failover;

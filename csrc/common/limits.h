@@ -21,6 +21,13 @@ inline constexpr std::size_t kMaxChunkBytes = std::size_t{16} << 20;
 /// Longest text (an error, a host name) in a frame; a longer one is cut by the sender.
 inline constexpr std::size_t kMaxTextBytes = 8192;
 
+/// A job's token: the shortest that is let in (shorter ones can be guessed) and the longest.
+inline constexpr std::size_t kMinTokenBytes = 16;
+inline constexpr std::size_t kMaxTokenBytes = 256;
+
+/// Largest message of a peer that has not said who it is: no hello is longer.
+inline constexpr std::size_t kMaxStrangerBytes = 64 << 10;
+
 /// Largest whole message: the largest chunk and a header.
 inline constexpr std::size_t kMaxMessageBytes = kMaxChunkBytes + 3 * kMaxTextBytes;
 

@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <utility>
 
 #include "common/limits.h"
 #include "health.grpc.pb.h"
@@ -15,14 +16,17 @@ namespace {
 
 class ControlService final : public v1::Control::Service {
  public:
+  explicit ControlService(std::shared_ptr<server::TokenFile> tokens) : tokens_(std::move(tokens)) {}
+
   /// Null: there is none. A call that is at work is waited for.
   void attach(server::ReducerServer* server) {
     const std::lock_guard lock(mutex_);
     server_ = server;
   }
 
-  grpc::Status Stats(grpc::ServerContext*, const v1::StatsRequest*,
+  grpc::Status Stats(grpc::ServerContext* context, const v1::StatsRequest*,
                      v1::StatsReply* reply) override {
+    if (!admits(*context)) return stranger();
     const std::lock_guard lock(mutex_);
     server::ReducerServer* server = server_;
     if (server == nullptr)
@@ -53,8 +57,9 @@ class ControlService final : public v1::Control::Service {
     return grpc::Status::OK;
   }
 
-  grpc::Status Drain(grpc::ServerContext*, const v1::DrainRequest*,
+  grpc::Status Drain(grpc::ServerContext* context, const v1::DrainRequest*,
                      v1::DrainReply* reply) override {
+    if (!admits(*context)) return stranger();
     const std::lock_guard lock(mutex_);
     server::ReducerServer* server = server_;
     if (server == nullptr)
@@ -65,6 +70,19 @@ class ControlService final : public v1::Control::Service {
   }
 
  private:
+  bool admits(const grpc::ServerContext& context) {
+    if (!tokens_) return true;
+    const auto& metadata = context.client_metadata();
+    const auto found = metadata.find(kTokenKey);
+    return found != metadata.end() && tokens_->admits({found->second.data(), found->second.size()});
+  }
+  static grpc::Status stranger() {
+    return {
+        grpc::StatusCode::PERMISSION_DENIED,
+        "it answers only to who has a token of its jobs; set REDUCER_TOKEN_FILE (--token-file)"};
+  }
+
+  const std::shared_ptr<server::TokenFile> tokens_;
   std::mutex mutex_;
   server::ReducerServer* server_ = nullptr;
 };
@@ -129,11 +147,13 @@ class HealthService final : public grpc::health::v1::Health::Service {
 }  // namespace
 
 struct Control::Services {
+  explicit Services(std::shared_ptr<server::TokenFile> tokens) : control(std::move(tokens)) {}
   ControlService control;
   HealthService health;
 };
 
-Control::Control() : services_(std::make_unique<Services>()) {
+Control::Control(std::shared_ptr<server::TokenFile> tokens)
+    : services_(std::make_unique<Services>(std::move(tokens))) {
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
 }
 

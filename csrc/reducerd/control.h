@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "server/server.h"
+#include "server/tokens.h"
 
 namespace grpc {
 class ServerBuilder;
@@ -13,11 +14,15 @@ class ServerBuilder;
 
 namespace reducer::reducerd {
 
+/// Metadata of Stats and Drain.
+inline constexpr char kTokenKey[] = "reducer-token";
+
 /// Made before the server that it tells about, because gRPC takes its services when the transport
 /// is made. Thread safe.
 class Control {
  public:
-  Control();
+  /// `tokens`: one of them has to come with Stats and Drain; null: none has to.
+  explicit Control(std::shared_ptr<server::TokenFile> tokens);
   ~Control();
   Control(const Control&) = delete;
   Control& operator=(const Control&) = delete;

@@ -1,9 +1,13 @@
 // The standalone reducer: neither torch nor Python.
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <ctime>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "common/limits.h"
 #include "reducerd/control.h"
@@ -11,6 +15,7 @@
 #include "reducerd/query.h"
 #include "runtime/runtime.h"
 #include "server/server.h"
+#include "server/tokens.h"
 #include "transport/hosts/factory.h"
 
 namespace reducer::reducerd {
@@ -34,13 +39,52 @@ bool waitForSignal(const sigset_t& signals, std::chrono::milliseconds timeout) {
   return sigtimedwait(&signals, nullptr, &wait) > 0;
 }
 
+/// As many connections as this process may have: each is a descriptor.
+void raiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  (void)setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+/// Other hosts can reach it, and it knows none of them.
+void warnIfOpen(const Options& options) {
+  const bool mutual = options.tls.on() && !options.tls.ca.empty();
+  auto addresses = transport::net::resolve(options.listen);
+  if (mutual || !options.token_file.empty() || !addresses.ok()) return;
+  const std::vector<transport::net::SocketAddress>& all = addresses.value();
+  if (std::all_of(all.begin(), all.end(), transport::net::isLoopback)) return;
+  std::fprintf(
+      stderr,
+      "reducer-server: warning: whoever reaches %s may join jobs, change their gradients "
+      "and use up its memory; give it --token-file, or --tls-cert, --tls-key and --tls-ca, "
+      "or listen where only your hosts are (docs/security.md)\n",
+      options.listen.c_str());
+}
+
+int failed(const Status& status) {
+  std::fprintf(stderr, "reducer-server: %s\n", status.message().c_str());
+  return 1;
+}
+
 int serve(const Options& options) {
   const sigset_t signals = blockSignals();
-  Control control;
+  raiseDescriptorLimit();
+  std::shared_ptr<server::TokenFile> tokens;
+  if (!options.token_file.empty()) {
+    auto opened = server::TokenFile::open(options.token_file);
+    if (!opened.ok()) return failed(opened.status());
+    tokens = std::move(opened).value();
+  }
+  if (Status status = transport::checkTls(options.tls, transport::TlsRole::kServer); !status.ok())
+    return failed(status);
+  warnIfOpen(options);
+  Control control(tokens);
   transport::HostsOptions hosts;
   hosts.network = options.network;
   hosts.grpc.threads = options.threads;
   hosts.grpc.congestion_control = options.congestion_control;
+  hosts.grpc.tls = options.tls;
   hosts.grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
   const auto transport = transport::makeHostsTransport(std::move(hosts));
   server::ServerOptions settings;
@@ -48,11 +92,10 @@ int serve(const Options& options) {
   settings.memory_limit_bytes = options.memory_limit_bytes;
   settings.shards = 16 * options.threads;
   settings.host = runtime::hostLabel();
+  settings.tokens = tokens;
+  settings.counts_unread = true;
   server::ReducerServer server(*transport, settings);
-  if (Status status = server.listen(options.listen); !status.ok()) {
-    std::fprintf(stderr, "reducer-server: %s\n", status.message().c_str());
-    return 1;
-  }
+  if (Status status = server.listen(options.listen); !status.ok()) return failed(status);
   control.attach(server);
   std::printf("reducer ready on %s (protocol %u, threads %d, memory limit %s)\n",
               server.address().c_str(), kProtocolVersion, options.threads,
@@ -97,11 +140,8 @@ int run(int argc, char** argv) {
     return 0;
   }
   if (!options.value().stats_of.empty()) {
-    auto stats = queryStats(options.value().stats_of);
-    if (!stats.ok()) {
-      std::fprintf(stderr, "reducer-server: %s\n", stats.status().message().c_str());
-      return 1;
-    }
+    auto stats = queryStats(options.value());
+    if (!stats.ok()) return failed(stats.status());
     std::printf("%s\n", stats.value().c_str());
     return 0;
   }

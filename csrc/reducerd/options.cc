@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <cstdlib>
 #include <string_view>
 #include <thread>
 
@@ -17,6 +18,14 @@ namespace {
 
 constexpr int kThreadsDefaultMax = 4;
 constexpr int kThreadsMax = 256;
+
+// Options without a letter.
+enum : int { kTlsCert = 256, kTlsKey, kTlsCa, kTokenFile };
+
+std::string fromEnvironment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? std::string() : value;
+}
 
 Status wrong(const std::string& option, const std::string& why) {
   return Status(Code::kInvalidArgument, option + ": " + why);
@@ -48,7 +57,9 @@ std::string readableSize(std::size_t nbytes) {
 std::string helpText() {
   return "Usage: reducer-server [--listen HOST:PORT] [--threads N] [--memory-limit SIZE] [--grace "
          "SECONDS]\n"
-         "                      [--congestion-control NAME] [--transport auto|grpc]\n"
+         "                      [--congestion-control NAME] [--transport auto|grpc] [--tls-cert "
+         "FILE --tls-key FILE]\n"
+         "                      [--tls-ca FILE] [--token-file FILE]\n"
          "\n"
          "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
          "\n"
@@ -67,6 +78,16 @@ std::string helpText() {
          "  --transport NAME     what workers' data may come by: auto (tcp and gRPC, on one port) "
          "or "
          "grpc (default auto)\n"
+         "  --tls-cert FILE      certificate to show (PEM), with --tls-key its key: all "
+         "connections "
+         "are TLS then, by gRPC\n"
+         "  --tls-ca FILE        authorities (PEM): whoever connects has to show a certificate of "
+         "one of them\n"
+         "  --token-file FILE    tokens, one a line: whoever connects has to have one of them\n"
+         "                       (environment: REDUCER_TLS_CERT, _KEY, _CA, REDUCER_TOKEN_FILE; "
+         "the "
+         "files are read again\n"
+         "                       when they change)\n"
          "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and "
          "end\n"
          "  --version, --help\n"
@@ -81,12 +102,19 @@ Result<Options> parseOptions(int argc, char** argv) {
   options.threads =
       std::clamp<int>(static_cast<int>(std::thread::hardware_concurrency()), 1, kThreadsDefaultMax);
   options.memory_limit_bytes = physicalMemory() / 2;
+  options.tls = {fromEnvironment("REDUCER_TLS_CERT"), fromEnvironment("REDUCER_TLS_KEY"),
+                 fromEnvironment("REDUCER_TLS_CA")};
+  options.token_file = fromEnvironment("REDUCER_TOKEN_FILE");
   const option known[] = {{"listen", required_argument, nullptr, 'l'},
                           {"threads", required_argument, nullptr, 't'},
                           {"memory-limit", required_argument, nullptr, 'm'},
                           {"grace", required_argument, nullptr, 'g'},
                           {"congestion-control", required_argument, nullptr, 'c'},
                           {"transport", required_argument, nullptr, 'n'},
+                          {"tls-cert", required_argument, nullptr, kTlsCert},
+                          {"tls-key", required_argument, nullptr, kTlsKey},
+                          {"tls-ca", required_argument, nullptr, kTlsCa},
+                          {"token-file", required_argument, nullptr, kTokenFile},
                           {"stats", required_argument, nullptr, 's'},
                           {"help", no_argument, nullptr, 'h'},
                           {"version", no_argument, nullptr, 'v'},
@@ -130,6 +158,18 @@ Result<Options> parseOptions(int argc, char** argv) {
           break;
         }
         return wrong("--transport", "'" + std::string(optarg) + "' is not among auto, grpc");
+      case kTlsCert:
+        options.tls.cert = optarg;
+        break;
+      case kTlsKey:
+        options.tls.key = optarg;
+        break;
+      case kTlsCa:
+        options.tls.ca = optarg;
+        break;
+      case kTokenFile:
+        options.token_file = optarg;
+        break;
       case 's':
         options.stats_of = optarg;
         break;

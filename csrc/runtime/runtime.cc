@@ -54,6 +54,16 @@ bool informs() {
   return level != nullptr && (std::strcmp(level, "info") == 0 || std::strcmp(level, "debug") == 0);
 }
 
+Status checkSecurity(const RuntimeOptions& options) {
+  if (options.tls.on() && options.carrier == collective::Carrier::kTcp) {
+    return Status(
+        Code::kInvalidArgument,
+        "REDUCER_TRANSPORT is 'tcp', which has no TLS, and REDUCER_TLS_* asks for it; use "
+        "'auto' or 'grpc'");
+  }
+  return transport::checkTls(options.tls, transport::TlsRole::kBoth);
+}
+
 Shared& shared() {
   static auto* const instance = new Shared;  // outlives every static destructor
   return *instance;
@@ -91,14 +101,22 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
                                                 std::string(collective::nameOf(options.carrier)) +
                                                 "' in the same process");
     }
+    if (s.options.tls != options.tls || s.options.token_file != options.token_file) {
+      return Status(
+          Code::kInvalidArgument,
+          "this process has groups with other TLS files or another token file already; "
+          "REDUCER_TLS_* and REDUCER_TOKEN_FILE are the same for all groups of a process");
+    }
     return runtime;
   }
+  if (Status status = checkSecurity(options); !status.ok()) return status;
   std::shared_ptr<Runtime> runtime(new Runtime);
   runtime->owner_ = getpid();
   transport::HostsOptions hosts;
   hosts.network = networkOf(options.carrier);
   hosts.grpc.threads = options.threads;
   hosts.grpc.congestion_control = options.congestion_control;
+  hosts.grpc.tls = options.tls;
   if (informs()) {
     hosts.inform = [](const std::string& text) {
       std::fprintf(stderr, "reducer: %s\n", text.c_str());
@@ -106,6 +124,13 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
   }
   runtime->transport_ = transport::makeHostsTransport(std::move(hosts));
   server::ServerOptions server;
+  if (!options.token_file.empty()) {
+    auto opened = server::TokenFile::open(options.token_file);
+    if (!opened.ok()) return opened.status();
+    runtime->tokens_ = std::move(opened).value();
+    if (auto token = runtime->tokens_->only(); !token.ok()) return token.status();
+  }
+  server.tokens = runtime->tokens_;
   server.host = hostLabel();
   server.shards = 4 * options.threads;
   server.memory_limit_bytes = SIZE_MAX;  // a worker's own windows are the bound here
@@ -121,6 +146,11 @@ Result<std::shared_ptr<Runtime>> Runtime::acquire(const RuntimeOptions& options)
   s.options = options;
   s.owner = runtime->owner_;
   return runtime;
+}
+
+Result<std::string> Runtime::token() {
+  if (!tokens_) return std::string();
+  return tokens_->only();
 }
 
 Runtime::~Runtime() {

@@ -12,6 +12,8 @@
 #include "recorder/dumper.h"
 #include "recorder/recorder.h"
 #include "server/server.h"
+#include "server/tokens.h"
+#include "transport/hosts/factory.h"
 #include "transport/transport.h"
 
 namespace reducer::runtime {
@@ -24,6 +26,8 @@ struct RuntimeOptions {
   /// The flight recorder: how many calls it keeps (0: there is none), and how it is written.
   std::size_t recorder_entries = 0;
   recorder::Dumper::Options dumps;
+  transport::TlsFiles tls;  ///< of both ends: workers serve each other
+  std::string token_file;   ///< with the job's token; empty: it has none
 };
 
 /// Thread safety: any thread. Must not be destroyed while holding the GIL (joins threads).
@@ -40,10 +44,13 @@ class Runtime {
   recorder::Recorder* recorder() { return recorder_; }
   /// "host:port" where other workers reach the reducer inside this process.
   std::string address() const { return server_->address(); }
+  /// For a group that is made now; empty if there is no token file.
+  Result<std::string> token();
 
  private:
   Runtime() = default;
   int owner_ = 0;  // the process that has the threads
+  std::shared_ptr<server::TokenFile> tokens_;
   std::unique_ptr<transport::Transport> transport_;
   std::unique_ptr<server::ReducerServer> server_;
   recorder::Recorder* recorder_ = nullptr;

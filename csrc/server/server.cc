@@ -8,6 +8,7 @@
 #include "common/limits.h"
 #include "server/local.h"
 #include "server/session.h"
+#include "server/tokens.h"
 
 namespace reducer::server {
 namespace {
@@ -43,6 +44,11 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
   const std::lock_guard lock(registry_mutex);
   silent.erase(session);
   const auto found = groups.find(hello.job);
+  // Whoever may not be here learns nothing else.
+  if ((options.tokens && !options.tokens->admits(hello.token)) ||
+      (found != groups.end() && !sameSecret(found->second.token, hello.token))) {
+    return notAdmitted();
+  }
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
   if (hello.job.size() != kJobBytes) {
     return Status(Code::kInvalidArgument, who + " named its job with " +
@@ -81,6 +87,7 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
     record.hosts = hello.hosts;
     record.config_host = who;
     record.window_bytes = hello.window_bytes;
+    record.token = hello.token;
     record.reserved_bytes = needed;
     reserved_bytes += needed;
     groups.emplace(hello.job, std::move(record));
@@ -226,9 +233,17 @@ void ServerState::tick(TimePoint now) {
 std::shared_ptr<Session> ServerState::open(std::shared_ptr<transport::Connection> connection,
                                            bool local) {
   auto session = std::make_shared<Session>(shared_from_this(), std::move(connection), local);
-  if (!local) {
+  if (local) return session;
+  bool room = false;
+  {
     const std::lock_guard lock(registry_mutex);
-    silent.emplace(session, transport.now());
+    room = silent.size() < options.silent_max;
+    if (room) silent.emplace(session, transport.now());
+  }
+  if (!room) {
+    session->refuse(Code::kResourceExhausted,
+                    "this reducer has too many connections that have not said which worker they "
+                    "are; try again");
   }
   return session;
 }
@@ -302,7 +317,7 @@ ServerStats ReducerServer::stats() const {
   stats.held_bytes_max = state_->held_bytes_max;
   stats.pushed_bytes = state_->pushed_bytes;
   stats.result_bytes = state_->result_bytes;
-  stats.refused = state_->refused;
+  stats.refused = state_->refused + (listener_ ? listener_->refused() : 0);
   stats.uptime_s = std::chrono::duration<double>(state_->transport.now() - state_->started).count();
   for (const auto& shard : state_->shards) {
     const std::lock_guard lock(shard->mutex);

@@ -14,6 +14,8 @@
 
 namespace reducer::server {
 
+class TokenFile;
+
 struct ServerOptions {
   std::size_t memory_limit_bytes = std::size_t{4}
                                    << 30;  ///< for chunks held and results not yet sent
@@ -21,11 +23,18 @@ struct ServerOptions {
   std::string host;  ///< "hostname:pid", for messages
   bool standalone = false;  ///< serves the collectives only: send and recv go from worker to worker
   Duration hello_within = std::chrono::seconds(10);  ///< after which a silent connection is closed
-  Duration tick = std::chrono::milliseconds(100);    ///< how often deadlines are looked at
+  std::size_t silent_max = 1024;  ///< connections that have not said hello; more are closed at once
+  Duration tick = std::chrono::milliseconds(100);  ///< how often deadlines are looked at
   /// Standalone: how long after a worker's connection broke the group's other connections are
   /// closed, too: either that worker is lost, and the group with it, or this reducer is to it, and
   /// then to all.
   Duration evict_after = std::chrono::seconds(1);
+  /// Workers that do not read what they are answered are closed before that and what they push are
+  /// more than their promise. For transports that release a payload when its bytes have left (on
+  /// `sim` it is the receiver's own).
+  bool counts_unread = false;
+  /// Whom a hello's token lets in; null: everybody.
+  std::shared_ptr<TokenFile> tokens;
 };
 
 /// One group of one job, as `Stats` shows it.

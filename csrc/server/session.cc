@@ -1,5 +1,10 @@
 #include "server/session.h"
 
+#include <algorithm>
+#include <span>
+#include <utility>
+#include <vector>
+
 #include "common/limits.h"
 #include "wire/lane.h"
 
@@ -144,6 +149,7 @@ Status Session::hello(const wire::Hello& hello) {
     if (Status status = state_->join(shared_from_this(), hello); !status.ok()) return status;
     joined_ = true;
   }
+  connection_->admit();
   wire::Frame reply;
   reply.kind = wire::FrameKind::kWelcome;
   reply.hello.version = kProtocolVersion;
@@ -168,7 +174,52 @@ void Session::answer(const wire::Frame& frame, Payload payload) {
   if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
     --outstanding_frames_;
   }
-  connection_->send(frame, std::move(payload));
+  if (!state_->options.counts_unread || in_process) {
+    return connection_->send(frame, std::move(payload));
+  }
+  payload = counted(std::move(payload));
+  if (withinPromise()) return connection_->send(frame, std::move(payload));
+  const std::string text =
+      "rank " + std::to_string(hello_.rank) + " (" + hello_.host +
+      ") does not read its results: " + std::to_string(unread_->bytes) + " bytes in " +
+      std::to_string(unread_->frames) +
+      " frames wait for it; with what it pushes that is more than twice the window of " +
+      std::to_string(hello_.window_bytes) + " bytes that it announced";
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(refused_, true)) return;
+  }
+  ++state_->refused;
+  // Nothing more is queued for it: it would not read that, either.
+  connection_->close(Status(Code::kResourceExhausted, text), /*flush=*/false);
+}
+
+Payload Session::counted(Payload payload) {
+  struct Hold {
+    Hold(std::shared_ptr<Unread> u, std::int64_t n, std::shared_ptr<const void> o)
+        : unread(std::move(u)), nbytes(n), owner(std::move(o)) {
+      unread->bytes += nbytes;
+      ++unread->frames;
+    }
+    ~Hold() {
+      unread->bytes -= nbytes;
+      --unread->frames;
+    }
+    std::shared_ptr<Unread> unread;
+    std::int64_t nbytes;
+    std::shared_ptr<const void> owner;
+  };
+  auto hold =
+      std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()), payload.owner());
+  const std::span<const Bytes> pieces = payload.pieces();
+  if (pieces.size() == 1) return Payload(pieces[0], std::move(hold));
+  return Payload(std::vector<Bytes>(pieces.begin(), pieces.end()), std::move(hold));
+}
+
+bool Session::withinPromise() const {
+  const auto window = static_cast<std::int64_t>(hello_.window_bytes * windows());
+  const std::int64_t pushed = std::max<std::int64_t>(outstanding_bytes_, 0);
+  return pushed + unread_->bytes <= 2 * window && unread_->frames <= 2 * kOutstandingFramesMax;
 }
 
 bool Session::failsOver() {

@@ -48,6 +48,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::vector<std::uint32_t> hosts;  // of its ranks
     std::string config_host;           // who set it
     std::uint64_t window_bytes = 0;    // of each worker
+    std::string token;                 // of whoever made it
     std::uint64_t reserved_bytes = 0;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
     bool leads = false;                           // this is rank 0's reducer, which keeps:
@@ -164,6 +165,17 @@ class Session final : public transport::Handler,
   void beat(TimePoint now);
 
  private:
+  /// What has been answered and has not left this process, because the worker does not read it.
+  struct Unread {
+    std::atomic<std::int64_t> bytes{0};
+    std::atomic<std::int64_t> frames{0};
+  };
+  /// The payload, counted until its bytes have left.
+  Payload counted(Payload payload);
+  /// What the worker has pushed and what it has not read are what was promised to it: its window,
+  /// twice (as long as bytes have been received, and this end is about to hear of it, they count
+  /// here, and the worker may have pushed as many anew).
+  bool withinPromise() const;
   Status dispatch(const wire::Frame& frame, Payload payload);
   Status onMembership(const wire::Frame& frame);
   Status push(const wire::Frame& frame, Payload payload);
@@ -183,6 +195,7 @@ class Session final : public transport::Handler,
   std::atomic<bool> said_bye_{false};
   std::atomic<std::int64_t> outstanding_bytes_{0};
   std::atomic<std::int64_t> outstanding_frames_{0};
+  const std::shared_ptr<Unread> unread_ = std::make_shared<Unread>();
   std::atomic<std::uint32_t> epoch_{0};  // the latest of its frames
   /// Nothing that moved here before this one is outstanding.
   std::atomic<std::uint32_t> settled_epoch_{0};

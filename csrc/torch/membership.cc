@@ -256,6 +256,9 @@ c10::intrusive_ptr<c10d::Backend> ReducerBackend::derive(
       config.servers = own->servers;
     }
   }
+  Result<std::string> token = session->runtime->token();
+  TORCH_CHECK_VALUE(token.ok(), who_, " ", token.status().message());
+  config.token = std::move(token).value();
   config.name = name;
   config.world_size = static_cast<std::int32_t>(ranks.size());
   config.workers.clear();

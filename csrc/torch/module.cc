@@ -30,8 +30,10 @@ collective::Carrier carrierOf(const std::string& name) {
 class RuntimeHold {
  public:
   RuntimeHold(const std::string& bind_host, const std::string& congestion_control,
-              const std::string& transport, std::size_t recorder_entries,
-              const std::string& recorder_dir, int recorder_signal, bool warns) {
+              const std::string& transport, const std::string& tls_cert, const std::string& tls_key,
+              const std::string& tls_ca, const std::string& token_file,
+              std::size_t recorder_entries, const std::string& recorder_dir, int recorder_signal,
+              bool warns) {
     runtime::RuntimeOptions options;
     options.carrier = carrierOf(transport);
     options.bind_host = bind_host;
@@ -40,6 +42,8 @@ class RuntimeHold {
     options.dumps.folder = recorder_dir;
     options.dumps.signal = recorder_signal;
     options.dumps.tells = warns;
+    options.tls = {tls_cert, tls_key, tls_ca};
+    options.token_file = token_file;
     Result<std::shared_ptr<runtime::Runtime>> runtime = [&] {
       const py::gil_scoped_release without_gil;
       return runtime::Runtime::acquire(options);
@@ -99,6 +103,9 @@ c10::intrusive_ptr<ReducerBackend> makeBackend(
   config.servers = std::move(servers);
   config.host = runtime::hostLabel();
   config.recorder = hold.runtime()->recorder();
+  Result<std::string> token = hold.runtime()->token();
+  if (!token.ok()) raise(token.status());
+  config.token = std::move(token).value();
   Result<std::vector<collective::SizeRange>> parsed = collective::parseRanges(algorithm);
   if (!parsed.ok()) raise(parsed.status(), "REDUCER_ALGORITHM: ");
   config.settings.choose(std::move(parsed).value());
@@ -161,9 +168,11 @@ PYBIND11_MODULE(_torch, m) {
   py::module_::import("torch.distributed");  // the base class
 
   py::class_<RuntimeHold>(m, "Runtime")
-      .def(py::init<const std::string&, const std::string&, const std::string&, std::size_t,
+      .def(py::init<const std::string&, const std::string&, const std::string&, const std::string&,
+                    const std::string&, const std::string&, const std::string&, std::size_t,
                     const std::string&, int, bool>(),
            py::kw_only(), py::arg("bind_host"), py::arg("congestion_control"), py::arg("transport"),
+           py::arg("tls_cert"), py::arg("tls_key"), py::arg("tls_ca"), py::arg("token_file"),
            py::arg("recorder_entries"), py::arg("recorder_dir"), py::arg("recorder_signal"),
            py::arg("warns"))
       .def_property_readonly("address", &RuntimeHold::address);

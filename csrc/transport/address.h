@@ -1,6 +1,7 @@
 // "host:port", taken apart.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cstdint>
 #include <optional>
@@ -22,6 +23,20 @@ inline std::optional<Address> parseAddress(const std::string& text) {
   const auto [stop, error] = std::from_chars(text.data() + colon + 1, end, address.port);
   if (error != std::errc() || stop != end) return std::nullopt;
   return address;
+}
+
+// Where certificates are checked, an address that was found by a name keeps it: the certificate is
+// the name's. "reducer-1/10.0.0.4:7000".
+
+/// Without the name: "10.0.0.4:7000".
+inline std::string dialledOf(const std::string& address) {
+  const std::size_t slash = address.find('/');
+  return slash == std::string::npos ? address : address.substr(slash + 1);
+}
+
+/// What the peer's certificate has to be for: the name, or else the host ("10.0.0.4", "[::1]").
+inline std::string peerName(const std::string& address) {
+  return address.substr(0, std::min(address.find('/'), address.rfind(':')));
 }
 
 }  // namespace reducer::transport

@@ -1,6 +1,7 @@
 // How frames travel. Nothing above this line knows what carries them.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -32,6 +33,10 @@ class Connection {
 
   /// The other end's address, for messages.
   virtual std::string peer() const = 0;
+
+  /// The peer has said who it is: until then it counts among the strangers, of which a transport
+  /// takes only so many, and its messages have to be small.
+  virtual void admit() {}
 };
 
 /// What happens on a connection. Calls for one connection come one at a time, in order; those of
@@ -53,6 +58,8 @@ class Listener {
   virtual ~Listener() =
       default;  ///< closes every accepted connection; none of its calls is running afterwards
   virtual std::string address() const = 0;  ///< "host:port" with the real port
+  /// Connections that were closed before they came to the acceptor.
+  virtual std::uint64_t refused() const { return 0; }
 };
 
 /// Cancels its timer when destroyed (a call in progress on another thread is waited for).

@@ -134,9 +134,9 @@ class Reader {
     return true;
   }
 
-  bool string(const char* name, bool utf8, std::string& out) {
+  bool string(const char* name, bool utf8, std::string& out, std::size_t max = kMaxTextBytes) {
     Bytes content;
-    if (!bytes(kMaxTextBytes, name, content)) return false;
+    if (!bytes(max, name, content)) return false;
     const std::string_view view(reinterpret_cast<const char*>(content.data()), content.size());
     if (utf8 && !isUtf8(view)) return fail(std::string(name) + " is not UTF-8");
     out.assign(view);
@@ -249,6 +249,8 @@ bool readHelloField(Reader& in, std::uint64_t tag, Hello& hello) {
       return in.number(kMaxUint32, "heartbeat", hello.heartbeat_ms);
     case hello_tag::kFailover:
       return in.number(1, "failover", hello.failover);
+    case hello_tag::kToken:
+      return in.string("token", false, hello.token, kMaxTokenBytes);
     default:
       return in.unexpected(tag);
   }

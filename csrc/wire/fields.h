@@ -56,6 +56,7 @@ inline constexpr std::uint32_t kConfigText = fieldTag(9, kDelimited);
 inline constexpr std::uint32_t kHosts = fieldTag(10, kDelimited);
 inline constexpr std::uint32_t kHeartbeatMs = fieldTag(11, kVarint);
 inline constexpr std::uint32_t kFailover = fieldTag(12, kVarint);
+inline constexpr std::uint32_t kToken = fieldTag(13, kDelimited);
 }  // namespace hello_tag
 
 /// The host of every rank of the largest group: varints of two bytes.
@@ -65,8 +66,8 @@ inline constexpr std::size_t kMaxHostsBytes = 2 * static_cast<std::size_t>(kMaxW
 inline constexpr std::size_t kMaxOwnersBytes = 2 * std::size_t{kMaxOwners};
 
 /// More than any header needs: five texts (of the frame and of its hello), the hosts, the owners,
-/// and some 150 bytes of numbers.
+/// the token, and some 150 bytes of numbers.
 inline constexpr std::size_t kMaxHeaderBytes =
-    5 * kMaxTextBytes + kMaxHostsBytes + kMaxOwnersBytes + 512;
+    5 * kMaxTextBytes + kMaxHostsBytes + kMaxOwnersBytes + kMaxTokenBytes + 512;
 
 }  // namespace reducer::wire

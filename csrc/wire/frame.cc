@@ -133,7 +133,7 @@ std::vector<std::byte> encodeHello(const Hello& hello) {
   const std::string config_text = toUtf8(hello.config_text, kMaxTextBytes);
   const std::string_view job = std::string_view(hello.job).substr(0, kMaxTextBytes);
   std::vector<std::byte> bytes(kNumbersBytesMax + job.size() + group.size() + host.size() +
-                               config_text.size() + kMaxHostsBytes);
+                               config_text.size() + kMaxHostsBytes + kMaxTokenBytes);
   Writer out(bytes.data());
   out.number(hello_tag::kVersion, hello.version);
   out.bytes(hello_tag::kJob, job);
@@ -147,6 +147,7 @@ std::vector<std::byte> encodeHello(const Hello& hello) {
   writeHosts(out, hello.hosts);
   out.number(hello_tag::kHeartbeatMs, hello.heartbeat_ms);
   out.number(hello_tag::kFailover, hello.failover ? 1 : 0);
+  out.bytes(hello_tag::kToken, std::string_view(hello.token).substr(0, kMaxTokenBytes));
   bytes.resize(static_cast<std::size_t>(out.at() - bytes.data()));
   return bytes;
 }

@@ -80,6 +80,7 @@ struct Hello {
   /// one does; 0: for ever.
   std::uint32_t heartbeat_ms = 0;
   bool failover = false;  ///< the group goes on if this reducer leaves
+  std::string token;      ///< the job's secret: in no message, ever; empty: it has none
   bool operator==(const Hello&) const = default;
 };
 

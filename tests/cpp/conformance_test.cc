@@ -10,16 +10,13 @@
 #include <thread>
 #include <vector>
 
-#include "transport/sim/sim.h"
-#include "transport/tcp/factory.h"
+#include "carriers.h"
 #include "transport/transport.h"
-#ifdef REDUCER_HAS_GRPC
-#include "transport/hosts/factory.h"
-#endif
 
 namespace reducer {
 namespace {
 
+using testing::Carrier;
 using testing::Counter;
 using testing::expectNumbered;
 using testing::kDeadline;
@@ -32,48 +29,6 @@ using transport::Listener;
 using transport::Transport;
 using wire::Frame;
 using wire::FrameKind;
-
-/// Two processes that can reach each other; the first listens at 127.0.0.1.
-struct Carrier {
-  std::unique_ptr<transport::SimNetwork> network;  // of the simulated ones
-  std::unique_ptr<Transport> server;
-  std::unique_ptr<Transport> client;
-};
-
-Carrier simCarrier() {
-  transport::SimOptions options;
-  options.threads = 2;
-  options.piece_bytes_max = 3000;
-  Carrier carrier;
-  carrier.network = std::make_unique<transport::SimNetwork>(options);
-  carrier.server = carrier.network->addHost("127.0.0.1");
-  carrier.client = carrier.network->addHost("client");
-  return carrier;
-}
-
-template <int kThreads>
-Carrier tcpCarrier() {
-  transport::TcpOptions options;
-  options.threads = kThreads;
-  Carrier carrier;
-  carrier.server = transport::makeTcpTransport(options);
-  carrier.client = transport::makeTcpTransport(options);
-  return carrier;
-}
-
-#ifdef REDUCER_HAS_GRPC
-template <transport::Network kServer, transport::Network kClient>
-Carrier hostsCarrier() {
-  transport::HostsOptions options;
-  options.grpc.threads = 2;
-  Carrier carrier;
-  options.network = kServer;
-  carrier.server = transport::makeHostsTransport(options);
-  options.network = kClient;
-  carrier.client = transport::makeHostsTransport(options);
-  return carrier;
-}
-#endif
 
 class Conformance : public ::testing::TestWithParam<Carrier (*)()> {
  protected:
@@ -94,6 +49,7 @@ class Conformance : public ::testing::TestWithParam<Carrier (*)()> {
     auto listener =
         carrier_.server->listen(at, [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
+          connection->admit();
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           recorders_.push_back(recorder);
@@ -569,9 +525,10 @@ TEST_P(Conformance, TasksPostedBeforeTheEndRun) {
   EXPECT_EQ(done.value(), 100U);
 }
 
-INSTANTIATE_TEST_SUITE_P(Sim, Conformance, ::testing::Values(&simCarrier),
+INSTANTIATE_TEST_SUITE_P(Sim, Conformance, ::testing::Values(&testing::simCarrier),
                          [](const auto&) { return std::string("two_threads"); });
-INSTANTIATE_TEST_SUITE_P(Tcp, Conformance, ::testing::Values(&tcpCarrier<1>, &tcpCarrier<3>),
+INSTANTIATE_TEST_SUITE_P(Tcp, Conformance,
+                         ::testing::Values(&testing::tcpCarrier<1>, &testing::tcpCarrier<3>),
                          [](const auto& info) {
                            return std::string(info.index == 0 ? "one_thread" : "three_threads");
                          });
@@ -582,11 +539,13 @@ std::string hostsName(const ::testing::TestParamInfo<Carrier (*)()>& info) {
   return kNames[info.index];
 }
 INSTANTIATE_TEST_SUITE_P(Hosts, Conformance,
-                         ::testing::Values(&hostsCarrier<Network::kGrpc, Network::kGrpc>,
-                                           &hostsCarrier<Network::kAuto, Network::kAuto>,
-                                           &hostsCarrier<Network::kAuto, Network::kGrpc>,
-                                           &hostsCarrier<Network::kGrpc, Network::kAuto>),
+                         ::testing::Values(&testing::hostsCarrier<Network::kGrpc, Network::kGrpc>,
+                                           &testing::hostsCarrier<Network::kAuto, Network::kAuto>,
+                                           &testing::hostsCarrier<Network::kAuto, Network::kGrpc>,
+                                           &testing::hostsCarrier<Network::kGrpc, Network::kAuto>),
                          &hostsName);
+INSTANTIATE_TEST_SUITE_P(Tls, Conformance, ::testing::Values(&testing::tlsCarrier),
+                         [](const auto&) { return std::string("mutual"); });
 #endif
 
 }  // namespace

@@ -312,6 +312,10 @@ TEST(Frame, RefusesBadHellos) {
                 "the hosts of 3 ranks in a world of 4");
   expectRefused(raw({0x08, 1, 0xAA, 1, 4, 0x08, kProtocolVersion, 0x52, 0}),
                 "in hello: hosts of no rank");
+  // 256 bytes may be a token; of a longer one nothing is read.
+  EXPECT_TRUE(decodeAlone(hello([](wire::Hello& h) { h.token = std::string(256, 't'); })).ok());
+  expectRefused(raw({0x08, 1, 0xAA, 1, 5, 0x08, kProtocolVersion, 0x6A, 0x81, 2}),
+                "in hello: token 257 is over the limit of 256");
   expectRefused(raw({0x08, 2}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 1}), "a hello or welcome without its content");
   expectRefused(raw({0x08, 7, 0xAA, 1, 0}), "a hello in a frame that has none");

@@ -79,6 +79,7 @@ inline wire::Hello anyHello(Random& random) {
   hello.hosts = anyHosts(random, hello.world_size);
   hello.heartbeat_ms = static_cast<std::uint32_t>(anyNumber(random, 32));
   hello.failover = upTo(random, 1) == 1;
+  if (upTo(random, 1) == 0) hello.token = anyText(random).substr(0, kMaxTokenBytes);
   return hello;
 }
 

@@ -126,6 +126,7 @@ class GrpcTransportTest : public ::testing::Test {
     auto listener =
         server_->listen("127.0.0.1:0", [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
+          connection->admit();
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           accepted_.push_back(recorder);
@@ -481,6 +482,11 @@ TEST_F(GrpcTransportTest, AForkedChildHoldsNoConnectionAndMayDestroyWhatItInheri
   ASSERT_TRUE(accepted()->waitForFrames(1));
   const auto timer = client_->every(milliseconds(50), [](TimePoint) {});
   const int port = std::stoi(address.substr(address.rfind(':') + 1));
+  // The dialer lets go of its own soon after the peer was admitted.
+  const auto deadline = std::chrono::steady_clock::now() + seconds(5);
+  while (socketsWithPort(port) != 3 && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
   ASSERT_EQ(socketsWithPort(port), 3);
   const pid_t child = fork();
   if (child == 0) {

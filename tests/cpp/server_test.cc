@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -11,6 +12,7 @@
 
 #include "common/limits.h"
 #include "conformance.h"
+#include "server/tokens.h"
 #include "transport/sim/sim.h"
 
 namespace reducer::testing {
@@ -21,6 +23,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr std::size_t kWindowBytes = 1 << 20;
+constexpr int kSilentMax = 5;
 
 /// A standalone reducer and one host from which clients connect. In virtual time.
 class ServerTest : public ::testing::Test {
@@ -29,6 +32,7 @@ class ServerTest : public ::testing::Test {
     ServerOptions options;
     options.host = "server:1";
     options.standalone = true;
+    options.silent_max = kSilentMax;
     server_ = std::make_unique<server::ReducerServer>(*server_host_, options);
     EXPECT_TRUE(server_->listen("server:7000").ok());
   }
@@ -104,6 +108,56 @@ TEST_F(ServerTest, AConnectionThatSaysNothingIsClosedAfterTenSeconds) {
   ASSERT_EQ(worker->arrived().size(), 2u);
   EXPECT_EQ(worker->arrived()[0].frame.kind, wire::FrameKind::kWelcome);
   EXPECT_EQ(worker->arrived()[1].frame.kind, wire::FrameKind::kResult);
+}
+
+TEST_F(ServerTest, OnlySoManyConnectionsMayBeSilentAtOnce) {
+  const auto worker = connect();
+  worker->connection()->send(hello(0, 1), {});
+  pass(milliseconds(100));
+  std::vector<std::shared_ptr<Recorder>> silent;
+  for (int i = 0; i < kSilentMax + 3; ++i) silent.push_back(connect());
+  pass(seconds(1));
+  int refused = 0;
+  for (const auto& one : silent) {
+    refused += one->closes();
+    if (one->closes() == 0) continue;
+    ASSERT_EQ(one->arrived().size(), 1U);
+    EXPECT_EQ(one->arrived()[0].frame.code, Code::kResourceExhausted);
+  }
+  EXPECT_EQ(refused, 3);
+  push(*worker, 0, 10);
+  pass(seconds(1));
+  EXPECT_EQ(worker->arrived().back().frame.kind, wire::FrameKind::kResult);
+  // Who says hello makes room.
+  const auto first = std::find_if(silent.begin(), silent.end(),
+                                  [](const auto& one) { return one->closes() == 0; });
+  ASSERT_NE(first, silent.end());
+  wire::Frame other = hello(0, 1);
+  other.hello.job = "another job's id";
+  (*first)->connection()->send(other, {});
+  pass(seconds(1));
+  const auto next = connect();
+  pass(seconds(1));
+  EXPECT_EQ(next->closes(), 0);
+}
+
+TEST(SameSecret, IsTrueOfEqualTextsOnly) {
+  const std::string secret = "0123456789abcdef";
+  EXPECT_TRUE(server::sameSecret(secret, secret));
+  EXPECT_TRUE(server::sameSecret("", ""));
+  EXPECT_FALSE(server::sameSecret(secret, ""));
+  EXPECT_FALSE(server::sameSecret("", secret));
+  EXPECT_FALSE(server::sameSecret(secret, secret + secret));
+  EXPECT_FALSE(server::sameSecret(secret + secret, secret));
+  EXPECT_FALSE(server::sameSecret(std::string(16, '\0'), std::string(17, '\0')));
+  for (std::size_t i = 0; i < secret.size(); ++i) {
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string other = secret;
+      other[i] = static_cast<char>(other[i] ^ (1 << bit));
+      EXPECT_FALSE(server::sameSecret(secret, other));
+      EXPECT_FALSE(server::sameSecret(other, secret));
+    }
+  }
 }
 
 TEST_F(ServerTest, RanksThatDoNotAgreeOnWhoSharesAHostAreRefusedByName) {

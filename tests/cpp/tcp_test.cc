@@ -95,6 +95,7 @@ class TcpTransportTest : public ::testing::Test {
     auto listener =
         server_->listen("127.0.0.1:0", [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
+          if (admits_) connection->admit();
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           accepted_.push_back(recorder);
@@ -127,6 +128,7 @@ class TcpTransportTest : public ::testing::Test {
     for (const auto& one : accepted_) one->drop();
   }
 
+  bool admits_ = true;
   std::unique_ptr<TcpTransport> server_ = transport::makeTcpTransport({});
   std::unique_ptr<TcpTransport> client_ = transport::makeTcpTransport({});
   std::unique_ptr<Listener> listener_;
@@ -186,6 +188,31 @@ TEST_F(TcpTransportTest, SizesBeyondTheLimitsAreRefusedUnread) {
     EXPECT_NE(accepted(i)->reason().message().find("the limits are"), std::string::npos)
         << accepted(i)->reason().message();
   }
+}
+
+TEST_F(TcpTransportTest, AStrangersMessagesAreSmallUntilItIsAdmitted) {
+  admits_ = false;
+  const std::string address = listen();
+  const auto most = static_cast<std::uint32_t>(kMaxStrangerBytes);
+  for (const std::string& lie : {prefix(most, 1), prefix(1, most), prefix(100, kMaxChunkBytes)}) {
+    RawClient raw(address);
+    raw.greet();
+    raw.write(lie);
+    ASSERT_FALSE(raw.read(100).empty());
+  }
+  for (std::size_t i = 0; i < 3; ++i) {
+    ASSERT_TRUE(accepted(i)->waitForClose());
+    EXPECT_NE(accepted(i)->reason().message().find("before it has said who it is"),
+              std::string::npos)
+        << accepted(i)->reason().message();
+  }
+  const auto client = connect(address);
+  client->connection()->send(numbered(0, 1000), testing::owned(pattern(0, 1000)));
+  ASSERT_TRUE(accepted(3)->waitForFrames(1));
+  accepted(3)->connection()->admit();
+  client->connection()->send(numbered(1, kMaxChunkBytes),
+                             testing::owned(pattern(1, kMaxChunkBytes)));
+  EXPECT_TRUE(accepted(3)->waitForFrames(2));
 }
 
 TEST_F(TcpTransportTest, GarbageIsAnsweredByWhatWasWrong) {

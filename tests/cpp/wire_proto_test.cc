@@ -50,6 +50,7 @@ void fillHello(const wire::Hello& hello, v1::Hello& out) {
   for (const std::uint32_t host : hello.hosts) out.add_hosts(host);
   out.set_heartbeat_ms(hello.heartbeat_ms);
   out.set_failover(hello.failover);
+  out.set_token(hello.token);
 }
 
 /// The same frame as another client would build it.

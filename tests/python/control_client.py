@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 WAIT_S = 30.0
@@ -39,7 +40,7 @@ class Client:
         """The class of a message, made from the file that the reducer describes."""
         return message_factory.GetMessageClass(self._pool.FindMessageTypeByName(name))
 
-    def call(self, method: str) -> Any:
+    def call(self, method: str, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """Calls "reducer.v1.Control/NAME" with an empty request, by its described types; the reply."""
         described = self._pool.FindServiceByName("reducer.v1.Control").methods_by_name[method]
         request = message_factory.GetMessageClass(described.input_type)()
@@ -49,7 +50,12 @@ class Client:
             request_serializer=type(request).SerializeToString,
             response_deserializer=reply.FromString,
         )
-        return invoke(request, timeout=WAIT_S)
+        return invoke(request, timeout=WAIT_S, metadata=list(metadata))
+
+    def healthy(self) -> bool:
+        """What the standard health service says."""
+        check = health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        return bool(check.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stats(self) -> Any:
         return self.call("Stats")

@@ -43,6 +43,14 @@ constexpr std::pair<const char*, int> kArguments[] = {
     {GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, kMiB},
 };
 
+// What a peer that says nothing, or too much at once, can hold. Connections that carry no call are
+// closed, as are those whose handshake lasts too long.
+constexpr std::pair<const char*, int> kServerArguments[] = {
+    {GRPC_ARG_MAX_CONNECTION_IDLE_MS, 30'000},
+    {GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10'000},
+    {GRPC_ARG_MAX_CONCURRENT_STREAMS, 16},
+};
+
 }  // namespace
 
 grpc::ChannelArguments clientArguments() {
@@ -51,7 +59,16 @@ grpc::ChannelArguments clientArguments() {
   return arguments;
 }
 
+void setTlsClientArguments(grpc::ChannelArguments& arguments, const std::string& peer_name) {
+  // Each stream has a connection of its own, made once: whoever dials again makes a new channel.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  const bool v6 = peer_name.starts_with('[');
+  arguments.SetSslTargetNameOverride(v6 ? peer_name.substr(1, peer_name.size() - 2) : peer_name);
+}
+
 void setServerArguments(grpc::ServerBuilder& builder) {
+  for (const auto& [name, value] : kServerArguments) builder.AddChannelArgument(name, value);
   for (const auto& [name, value] : kArguments) builder.AddChannelArgument(name, value);
 }
 
@@ -61,6 +78,11 @@ void prepareProcess() {
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   // What gRPC logs about connections reaches the user as a Status from here.
   if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_verbosity(GPR_LOG_SEVERITY_ERROR);
+}
+
+void silenceHandshakes() {
+  if (std::getenv("GRPC_VERBOSITY") != nullptr) return;
+  gpr_set_log_verbosity(static_cast<gpr_log_severity>(GPR_LOG_SEVERITY_ERROR + 1));
 }
 
 }  // namespace reducer::transport::grpc_detail

@@ -1,23 +1,28 @@
 #include "transport/grpc/client_stream.h"
 
-#include <grpcpp/create_channel_posix.h>
-
 #include <utility>
 
-#include "transport/grpc/channel_args.h"
+#include "transport/address.h"
 #include "transport/grpc/reason.h"
 #include "transport/grpc/server_stream.h"
 
 namespace reducer::transport::grpc_detail {
 namespace {
 
+// How long the dialer's thread may be kept to find out what is wrong.
+constexpr Duration kHandshakeMax = std::chrono::seconds(3);
+
+// In what gRPC says of a server that takes TLS only (net/dialer.cc), and of any that knows no
+// HTTP/2.
+constexpr char kHttp1[] = "http1.x server";
+
 constexpr char kMethod[] = "/reducer.v1.Data/Exchange";
 
 }  // namespace
 
-ClientStream::Attempt::Attempt(const std::string& address, int fd, grpc::CompletionQueue& queue)
-    : stub(grpc::CreateCustomInsecureChannelFromFd(address, fd, clientArguments())),
-      io(stub.PrepareCall(&context, kMethod, &queue)) {}
+ClientStream::Attempt::Attempt(const std::shared_ptr<grpc::Channel>& channel,
+                               grpc::CompletionQueue& queue)
+    : stub(channel), io(stub.PrepareCall(&context, kMethod, &queue)) {}
 
 ClientStream::ClientStream(Core& core, std::string address, std::shared_ptr<Handler> handler,
                            Duration timeout)
@@ -28,12 +33,19 @@ ClientStream::ClientStream(Core& core, std::string address, std::shared_ptr<Hand
 
 void ClientStream::dial() {
   begin();
+  using Way = net::Dialer::Way;
+  // By TLS gRPC connects by itself; when that has failed, this end finds out why.
   core_.dialer().dial(std::static_pointer_cast<ClientStream>(shared_from_this()), address_,
-                      timeout_, /*greet=*/false);
+                      timeout_, core_.tls().on() ? Way::kCaller : Way::kSocket);
 }
 
 void ClientStream::onSocket(Fd fd) {
-  auto attempt = std::make_shared<Attempt>(address_, fd.release(), core_.queue());
+  if (core_.tls().on() && fd) {
+    Status tried = tryHandshake(std::move(fd), address_, core_.tls(), kHandshakeMax);
+    if (tried.code() == Code::kInvalidArgument) return giveUp(tried);
+    if (!tried.ok()) return core_.dialer().retry(this, tried.message());
+  }
+  auto attempt = std::make_shared<Attempt>(core_.channelTo(address_, std::move(fd)), core_.queue());
   {
     const std::lock_guard lock(mutex_);
     if (cancelled_) return;
@@ -76,6 +88,8 @@ void ClientStream::onMetadata(bool ok) {
     const std::lock_guard lock(mutex_);
     established_ = true;
   }
+  if (core_.tls().on())
+    net::careForSocketsTo(dialledOf(address_), core_.dialer().congestionControl());
   if (core_.dialer().forget(this)) end();
   read();
 }
@@ -83,14 +97,23 @@ void ClientStream::onMetadata(bool ok) {
 void ClientStream::onAttemptFailed() {
   const auto attempt = this->attempt();
   const grpc::Status& status = attempt->status;
+  if (status.error_message().find(kHttp1) != std::string::npos) {
+    return giveUp(Status(Code::kInvalidArgument, "no gRPC is spoken at " + address_ +
+                                                     ": it is no reducer, or " +
+                                                     net::tlsWanted(address_).message()));
+  }
   if (status.error_code() != grpc::StatusCode::UNIMPLEMENTED) {
     return core_.dialer().retry(this, status.error_message());
   }
-  const Status failure(Code::kUnavailable,
-                       address_ + " is a gRPC server, but not a reducer: it does not know " +
-                           kMethod + "; is the address right?");
+  giveUp(Status(Code::kUnavailable, address_ +
+                                        " is a gRPC server, but not a reducer: it does not know " +
+                                        kMethod + "; is the address right?"));
+}
+
+void ClientStream::giveUp(const Status& failure) {
   if (!core_.dialer().forget(this)) return;
   failure_ = failure;
+  breakOff();
   end();
 }
 

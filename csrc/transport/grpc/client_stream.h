@@ -23,7 +23,7 @@ class ClientStream final : public Stream, public net::Caller {
 
  private:
   struct Attempt {
-    Attempt(const std::string& address, int fd, grpc::CompletionQueue& queue);
+    Attempt(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue& queue);
     grpc::ClientContext context;
     grpc::GenericStub stub;
     std::unique_ptr<grpc::GenericClientAsyncReaderWriter> io;
@@ -31,6 +31,7 @@ class ClientStream final : public Stream, public net::Caller {
   };
 
   void onSocket(Fd fd) override;
+  void onTlsWanted() override {}  // only who greets is told
   void onExpired(const std::string& last_error) override;
 
   void startRead(grpc::ByteBuffer* message, void* tag) override {
@@ -45,6 +46,8 @@ class ClientStream final : public Stream, public net::Caller {
   Status endReason() override;
   void onMetadata(bool ok);
   void onAttemptFailed();
+  /// Ends the dialing, for good.
+  void giveUp(const Status& failure);
   std::shared_ptr<Attempt> attempt();
   void finishAttempt();
 

@@ -1,6 +1,8 @@
 #include "transport/grpc/core.h"
 
 #include <grpc/support/time.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/create_channel_posix.h>
 #include <grpcpp/server_builder.h>
 #include <grpcpp/server_posix.h>
 #include <pthread.h>
@@ -8,6 +10,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "transport/address.h"
 #include "transport/grpc/channel_args.h"
 #include "transport/grpc/client_stream.h"
 #include "transport/grpc/server_stream.h"
@@ -15,18 +18,41 @@
 #include "transport/net/fork.h"
 
 namespace reducer::transport::grpc_detail {
+namespace {
+
+/// "ipv6:%5B::1%5D:7000" as "[::1]:7000".
+std::string addressOf(const std::string& grpc_peer) {
+  std::string address = grpc_peer.substr(grpc_peer.find(':') + 1);
+  for (const auto& [written, meant] : {std::pair("%5B", "["), std::pair("%5D", "]")}) {
+    if (const auto at = address.find(written); at != std::string::npos) {
+      address.replace(at, 3, meant);
+    }
+  }
+  return address;
+}
+
+}  // namespace
 
 gpr_timespec deadlineAfter(Duration wait) {
   const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(wait).count();
   return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC), gpr_time_from_nanos(ns, GPR_TIMESPAN));
 }
 
-Core::Core(const GrpcOptions& options) : generation_(net::forkGeneration()) {
+Core::Core(const GrpcOptions& options) : generation_(net::forkGeneration()), tls_(options.tls) {
   prepareProcess();
   const int threads = std::max(1, options.threads);
   grpc::ServerBuilder builder;
   setServerArguments(builder);
   builder.RegisterService(&service_);
+  if (tls_.on()) {
+    silenceHandshakes();
+    using Experimental = grpc::ServerBuilder::experimental_type;
+    credentials_ = channelCredentials(tls_);
+    if (!tls_.cert.empty()) {
+      acceptor_ = builder.experimental().AddExternalConnectionAcceptor(
+          Experimental::ExternalConnectionType::FROM_FD, serverCredentials(tls_));
+    }
+  }
   queue_ = builder.AddCompletionQueue();
   if (options.configure_server) options.configure_server(builder);
   server_ = builder.BuildAndStart();
@@ -78,13 +104,18 @@ Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, 
   if (!opened.ok()) return opened.status();
   auto [socket, real] = std::move(opened).value();
   auto listener = receive(std::move(real), std::move(acceptor));
+  if (tls_.on()) {
+    const std::lock_guard lock(mutex_);
+    REDUCER_CHECK(acceptor_ && !tls_listener_);
+    tls_listener_ = listener;
+  }
   listener->dialer_id = dialer_->startListening(
       std::move(socket),
-      [this, weak = std::weak_ptr<ListenerState>(listener)](Fd fd, const SocketAddress& peer,
-                                                            net::Speech) {
-        if (const auto state = weak.lock()) take(std::move(fd), peer, state);
+      [this, weak = std::weak_ptr<ListenerState>(listener)](
+          Fd fd, const SocketAddress& peer, net::Speech, std::shared_ptr<net::Guest> guest) {
+        if (const auto state = weak.lock()) take(std::move(fd), peer, std::move(guest), state);
       },
-      /*greeted=*/false);
+      tls_.on() ? net::Hearing::kTls : net::Hearing::kHttp2);
   return listener;
 }
 
@@ -95,22 +126,39 @@ std::shared_ptr<ListenerState> Core::receive(std::string address, Acceptor accep
   return listener;
 }
 
-void Core::take(Fd fd, const SocketAddress& peer, const std::shared_ptr<ListenerState>& listener) {
+void Core::take(Fd fd, const SocketAddress& peer, std::shared_ptr<net::Guest> guest,
+                const std::shared_ptr<ListenerState>& listener) {
+  const std::string address = net::toString(peer);
+  const std::string name = tls_.on() ? address : "fd:" + std::to_string(fd.get());
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) return;
-    origins_["fd:" + std::to_string(fd.get())] = {net::toString(peer), listener};
+    if (tls_.on()) {  // those that went without a stream
+      std::erase_if(origins_, [](const auto& one) { return one.second.guest->hasLeft(); });
+    }
+    origins_[name] = {address, listener, std::move(guest)};
   }
-  grpc::AddInsecureChannelFromFd(server_.get(), fd.release());
+  if (!tls_.on()) return grpc::AddInsecureChannelFromFd(server_.get(), fd.release());
+  grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
+  connection.fd = fd.release();
+  acceptor_->HandleNewConnection(&connection);
 }
 
 Core::Origin Core::originOf(const std::string& grpc_peer) {
+  const std::string name = tls_.on() ? addressOf(grpc_peer) : grpc_peer;
   const std::lock_guard lock(mutex_);
-  const auto found = origins_.find(grpc_peer);
-  return found == origins_.end() ? Origin{grpc_peer, nullptr} : found->second;
+  const auto found = origins_.find(name);
+  if (found == origins_.end()) return {name, tls_listener_, nullptr};
+  Origin origin = found->second;
+  if (tls_.on()) origins_.erase(found);
+  return origin;
 }
 
 void Core::unlisten(const std::shared_ptr<ListenerState>& listener) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (tls_listener_ == listener) tls_listener_ = nullptr;
+  }
   if (listener->dialer_id != 0) dialer_->stopListening(listener->dialer_id);
   listener->closed = true;
   std::vector<std::shared_ptr<Stream>> streams;
@@ -150,6 +198,15 @@ std::shared_ptr<Stream> Core::connect(const std::string& address, std::shared_pt
   }
   stream->dial();
   return stream;
+}
+
+std::shared_ptr<grpc::Channel> Core::channelTo(const std::string& address, Fd fd) {
+  grpc::ChannelArguments arguments = clientArguments();
+  if (!tls_.on()) {
+    return grpc::CreateCustomInsecureChannelFromFd(address, fd.release(), arguments);
+  }
+  setTlsClientArguments(arguments, peerName(address));
+  return grpc::CreateCustomChannel(dialledOf(address), credentials_, arguments);
 }
 
 void Core::forget(const std::shared_ptr<Stream>& stream) {

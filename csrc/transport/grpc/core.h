@@ -4,6 +4,7 @@
 
 #include <grpcpp/completion_queue.h>
 #include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -64,7 +65,8 @@ class Core {
   Result<std::shared_ptr<ListenerState>> listen(const std::string& address, Acceptor acceptor);
   /// A listener that accepts nothing by itself: take() gives it connections.
   std::shared_ptr<ListenerState> receive(std::string address, Acceptor acceptor);
-  void take(Fd fd, const SocketAddress& peer, const std::shared_ptr<ListenerState>& listener);
+  void take(Fd fd, const SocketAddress& peer, std::shared_ptr<net::Guest> guest,
+            const std::shared_ptr<ListenerState>& listener);
   /// Closes its connections; none of its calls is running afterwards.
   void unlisten(const std::shared_ptr<ListenerState>& listener);
   std::shared_ptr<Stream> connect(const std::string& address, std::shared_ptr<Handler> handler,
@@ -82,12 +84,20 @@ class Core {
   struct Origin {
     std::string peer;
     std::shared_ptr<ListenerState> listener;
+    std::shared_ptr<net::Guest> guest;
   };
-  /// Who is behind a stream whose peer gRPC calls "fd:N".
+  /// Who is behind a stream whose peer gRPC calls "fd:N", or with TLS "ipv4:HOST:PORT".
   Origin originOf(const std::string& grpc_peer);
+
+  /// A channel of its own for a socket, or with TLS for one that gRPC makes.
+  std::shared_ptr<grpc::Channel> channelTo(const std::string& address, Fd fd);
+  const TlsFiles& tls() const { return tls_; }
 
  private:
   const std::uint64_t generation_;
+  const TlsFiles tls_;
+  std::shared_ptr<grpc::ChannelCredentials> credentials_;                     // with TLS
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;  // likewise
   RawDataService service_;
   // One for all threads: gRPC has one set of sockets per process, whose events any thread that
   // waits may get; with a queue for each thread most of them would have to be handed to another one
@@ -102,7 +112,10 @@ class Core {
   bool stopped_ = false;   // nothing new on the queue
   std::unordered_set<std::shared_ptr<Stream>> streams_;
   std::unordered_set<std::shared_ptr<TimerState>> timers_;
-  std::unordered_map<std::string, Origin> origins_;  // by gRPC's name: never more than descriptors
+  // By gRPC's name: never more than descriptors; with TLS, those of which no stream has come, and
+  // the listener of all others.
+  std::unordered_map<std::string, Origin> origins_;
+  std::shared_ptr<ListenerState> tls_listener_;
   std::vector<std::thread> threads_;
 };
 

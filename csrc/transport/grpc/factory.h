@@ -6,6 +6,8 @@
 #include <memory>
 #include <string>
 
+#include "transport/grpc/tls.h"
+#include "transport/net/guests.h"
 #include "transport/net/socket.h"
 #include "transport/transport.h"
 
@@ -32,6 +34,10 @@ struct GrpcOptions {
   /// own, everything else a name ("bbr", "cubic"). A name that the kernel does not have makes
   /// listen() and connects fail with a message that lists those it has.
   std::string congestion_control = "auto";
+  /// With any of them every connection is TLS, both ways, and all else is refused. To be checked
+  /// (checkTls) before the transport is made. gRPC's TLS knows an accepted connection by its peer's
+  /// address only: one listener for each transport.
+  TlsFiles tls;
 };
 
 /// What a completion queue hands back. Lives at least until complete() was called.
@@ -46,7 +52,8 @@ class GrpcTag {
 class GrpcReception : public Listener {
  public:
   /// A connected socket, of which nothing has been read.
-  virtual void take(net::Fd fd, const net::SocketAddress& peer) = 0;
+  virtual void take(net::Fd fd, const net::SocketAddress& peer,
+                    std::shared_ptr<net::Guest> guest) = 0;
 };
 
 class GrpcTransport : public Transport {

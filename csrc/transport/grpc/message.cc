@@ -10,6 +10,13 @@ using Owner = std::shared_ptr<const void>;
 
 void release(void* owner) { delete static_cast<Owner*>(owner); }
 
+struct Held {
+  std::vector<std::byte> header;
+  Owner owner;
+};
+
+void releaseHeld(void* held) { delete static_cast<Held*>(held); }
+
 grpc::Slice sliceOf(const Bytes& piece, const Owner& owner) {
   // gRPC's slices have no const; it does not write to those that it sends.
   void* const data = const_cast<std::byte*>(piece.data());
@@ -20,6 +27,12 @@ grpc::Slice sliceOf(const Bytes& piece, const Owner& owner) {
 
 grpc::ByteBuffer toMessage(const wire::Frame& frame, const Payload& payload) {
   const std::vector<std::byte> header = wire::encodeHeader(frame, payload.nbytes());
+  if (payload.pieces().empty() && payload.owner()) {
+    // Whoever counts what has not been read yet counts this, too.
+    auto* const held = new Held{header, payload.owner()};
+    const grpc::Slice counted(held->header.data(), held->header.size(), &releaseHeld, held);
+    return grpc::ByteBuffer(&counted, 1);
+  }
   const grpc::Slice head(header.data(), header.size());
   if (payload.pieces().empty()) return grpc::ByteBuffer(&head, 1);
   if (payload.pieces().size() == 1) {

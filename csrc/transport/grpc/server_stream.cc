@@ -32,6 +32,7 @@ void ServerStream::accept() {
   Core::Origin origin = core_.originOf(call_->context.peer());
   peer_ = origin.peer;
   origin_ = std::move(origin.listener);
+  guest_ = std::move(origin.guest);
   listener_.store(origin_.get());
   // Whoever closes the listener sets `closed` and then looks for its streams: here it is the other
   // way round.
@@ -43,6 +44,11 @@ void ServerStream::accept() {
   begin();
   call_->io.SendInitialMetadata(tagOf(metadata_tag_));
   read();
+}
+
+void ServerStream::admit() {
+  stranger_ = false;
+  if (guest_) guest_->leave();
 }
 
 void ServerStream::startWrite(const grpc::ByteBuffer& message, grpc::WriteOptions options,

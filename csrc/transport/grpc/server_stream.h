@@ -20,6 +20,7 @@ class ServerStream final : public Stream {
   /// Waits for a worker to open a stream, and becomes its other end.
   void request();
   const ListenerState* listener() const override { return listener_.load(); }
+  void admit() override;
 
  private:
   struct Call {
@@ -35,6 +36,7 @@ class ServerStream final : public Stream {
   void onEvent(Op op, bool ok) override;
   void onReadEnd() override { closeAfterQueue(); }
   bool hasPeer() const override { return true; }
+  bool isStranger() const override { return stranger_; }
   Status endReason() override;
   void accept();
 
@@ -42,6 +44,8 @@ class ServerStream final : public Stream {
   bool started_ = false;
   std::shared_ptr<ListenerState> origin_;
   std::atomic<const ListenerState*> listener_{nullptr};
+  std::shared_ptr<net::Guest> guest_;
+  std::atomic<bool> stranger_{true};
   Tag start_tag_{*this, Op::kStart};
   Tag metadata_tag_{*this, Op::kMetadata};
   Tag done_tag_{*this, Op::kDone};

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "common/limits.h"
 #include "transport/grpc/core.h"
 #include "transport/grpc/message.h"
 
@@ -97,7 +98,12 @@ void Stream::onRead(bool ok) {
     const std::lock_guard lock(mutex_);
     closing = closing_;
   }
-  if (!closing) {
+  if (!closing && isStranger() && message.Length() > kMaxStrangerBytes) {
+    refuse(Status(Code::kInvalidArgument,
+                  "a message of " + std::to_string(message.Length()) +
+                      " bytes before it has said who it is; until then the limit is " +
+                      std::to_string(kMaxStrangerBytes)));
+  } else if (!closing) {
     auto decoded = fromMessage(message);
     message.Clear();  // the payload has its own references: what the handler drops is free
     if (decoded.ok()) {

@@ -39,6 +39,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   /// close() without flush, also for a stream that is closing already but waits for its peer.
   void abort(const Status& reason);
 
+  /// As Connection::admit().
+  virtual void admit() {}
+
   const std::string& peer() const { return peer_; }
   /// The listener that accepted it, or null.
   virtual const ListenerState* listener() const { return nullptr; }
@@ -65,6 +68,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   virtual void onReadEnd() = 0;              ///< nothing more will come
   /// There is somebody who can be told of a close. With mutex_ held.
   virtual bool hasPeer() const { return connected_; }
+  /// Its messages have to be small.
+  virtual bool isStranger() const { return false; }
   /// For onClosed, if it was not closed from here.
   virtual Status endReason() = 0;
 
@@ -140,6 +145,7 @@ class StreamConnection final : public Connection {
   void send(const wire::Frame& frame, Payload payload) override { stream_->send(frame, payload); }
   void close(const Status& reason, bool flush) override { stream_->close(reason, flush); }
   std::string peer() const override { return stream_->peer(); }
+  void admit() override { stream_->admit(); }
 
  private:
   const std::shared_ptr<Stream> stream_;

@@ -18,8 +18,12 @@ class GrpcListener final : public GrpcReception {
     if (core && !core->orphaned()) core->unlisten(state_);
   }
   std::string address() const override { return state_->address; }
-  void take(Fd fd, const SocketAddress& peer) override {
-    if (const auto core = core_.lock()) core->take(std::move(fd), peer, state_);
+  std::uint64_t refused() const override {
+    const auto core = core_.lock();
+    return core ? core->dialer().refused() : 0;
+  }
+  void take(Fd fd, const SocketAddress& peer, std::shared_ptr<net::Guest> guest) override {
+    if (const auto core = core_.lock()) core->take(std::move(fd), peer, std::move(guest), state_);
   }
 
  private:

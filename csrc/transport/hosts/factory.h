@@ -18,6 +18,7 @@ enum class Network {
 
 struct HostsOptions {
   Network network = Network::kAuto;
+  /// With TLS kAuto is kGrpc, and kTcp must not be asked for.
   /// Of gRPC, and for both: threads (each transport has as many) and congestion_control. gRPC is
   /// started when it is needed first, or at once if it has services of its own.
   GrpcOptions grpc;

@@ -2,6 +2,7 @@
 #include <mutex>
 #include <utility>
 
+#include "common/check.h"
 #include "transport/hosts/factory.h"
 #include "transport/tcp/factory.h"
 
@@ -44,12 +45,13 @@ struct Reception {
   std::mutex mutex;
   std::unique_ptr<GrpcReception> grpc;
 
-  void take(LazyGrpc& lazy, net::Fd fd, const net::SocketAddress& peer) {
+  void take(LazyGrpc& lazy, net::Fd fd, const net::SocketAddress& peer,
+            std::shared_ptr<net::Guest> guest) {
     const std::lock_guard lock(mutex);
     lazy.with([&](GrpcTransport& transport) {
       if (!grpc) grpc = transport.receive(address, acceptor);
     });
-    if (grpc) grpc->take(std::move(fd), peer);
+    if (grpc) grpc->take(std::move(fd), peer, std::move(guest));
   }
 };
 
@@ -62,6 +64,7 @@ class HostsListener final : public Listener {
     reception_->grpc.reset();
   }
   std::string address() const override { return tcp_->address(); }
+  std::uint64_t refused() const override { return tcp_->refused(); }
 
  private:
   std::unique_ptr<Listener> tcp_;
@@ -93,8 +96,9 @@ class HostsTransport final : public Transport {
     reception->acceptor = acceptor;
     auto listener =
         tcp_->listenBeside(address, std::move(acceptor),
-                           [grpc = grpc_, reception](net::Fd fd, const net::SocketAddress& peer) {
-                             reception->take(*grpc, std::move(fd), peer);
+                           [grpc = grpc_, reception](net::Fd fd, const net::SocketAddress& peer,
+                                                     std::shared_ptr<net::Guest> guest) {
+                             reception->take(*grpc, std::move(fd), peer, std::move(guest));
                            });
     if (!listener.ok()) return listener.status();
     return std::unique_ptr<Listener>(
@@ -137,7 +141,9 @@ class HostsTransport final : public Transport {
 }  // namespace
 
 std::unique_ptr<Transport> makeHostsTransport(HostsOptions options) {
-  if (options.network == Network::kGrpc) return makeGrpcTransport(options.grpc);
+  REDUCER_CHECK(!options.grpc.tls.on() || options.network != Network::kTcp);
+  if (options.network == Network::kGrpc || options.grpc.tls.on())
+    return makeGrpcTransport(options.grpc);
   return std::make_unique<HostsTransport>(std::move(options));
 }
 

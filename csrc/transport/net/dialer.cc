@@ -1,5 +1,6 @@
 #include "transport/net/dialer.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sys/eventfd.h>
@@ -11,6 +12,8 @@
 #include <cstdio>
 #include <string_view>
 #include <utility>
+
+#include "transport/net/fork.h"
 
 namespace reducer::transport::net {
 namespace {
@@ -30,6 +33,17 @@ constexpr Duration kSpeakWithin = std::chrono::seconds(10);
 // Who has not answered the greeting by then is taken for a stranger. A busy host may take long.
 constexpr Duration kAnswerWithin = std::chrono::seconds(5);
 
+// The same as kTlsOnly for who speaks HTTP/2 (RFC 2817). gRPC tells its user of an HTTP/1 server
+// with this status. (After a GOAWAY it would try again at once, without end.)
+constexpr std::string_view kTlsOnlyHttp2 =
+    "HTTP/1.1 426 Upgrade Required\r\n"
+    "Upgrade: TLS/1.2\r\n"
+    "Connection: Upgrade, close\r\n"
+    "Content-Length: 0\r\n\r\n";
+
+// So often a connection may be reset before the greeting is answered; then it is a stranger's.
+constexpr int kResetsMax = 5;
+
 }  // namespace
 
 Status noAnswer(const std::string& address, Duration timeout, const std::string& last_error) {
@@ -42,16 +56,25 @@ Status noAnswer(const std::string& address, Duration timeout, const std::string&
           "; is a reducer (`reducer serve`) or worker running there, and may this host reach it?");
 }
 
+Status tlsWanted(const std::string& address) {
+  return Status(Code::kInvalidArgument,
+                address +
+                    " takes connections by TLS only, and this process has none; set "
+                    "REDUCER_TLS_CA (and REDUCER_TLS_CERT and REDUCER_TLS_KEY) as there");
+}
+
 Dialer::Dialer(std::string congestion_control)
     : congestion_control_(std::move(congestion_control)),
       wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
   thread_ = std::thread([this] { work(); });
   pthread_setname_np(thread_.native_handle(), "reducer-dial");
+  guests_->onLeft([this] { wake(); });
 }
 
 Dialer::~Dialer() { stop(); }
 
 void Dialer::stop() {
+  guests_->onLeft(nullptr);
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -66,13 +89,13 @@ void Dialer::wake() {
   (void)!::write(wake_fd_.get(), &one, sizeof one);
 }
 
-std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept, bool greeted) {
+std::uint64_t Dialer::startListening(Fd fd, OnAccept on_accept, Hearing hearing) {
   std::uint64_t id = 0;
   {
     const std::lock_guard lock(mutex_);
     id = next_id_++;
     listening_.push_back(
-        {id, std::move(fd), std::make_shared<OnAccept>(std::move(on_accept)), greeted});
+        {id, std::move(fd), std::make_shared<OnAccept>(std::move(on_accept)), hearing});
   }
   wake();
   return id;
@@ -88,9 +111,9 @@ void Dialer::stopListening(std::uint64_t id) {
 }
 
 void Dialer::dial(std::shared_ptr<Caller> caller, const std::string& address, Duration timeout,
-                  bool greet) {
+                  Way way) {
   Call call;
-  call.greet = greet;
+  call.way = way;
   call.caller = std::move(caller);
   call.address = address;
   call.retry_at = Clock::now();
@@ -127,6 +150,7 @@ bool Dialer::forget(const Caller* caller) {
 
 void Dialer::failed(Call& call, std::string why, TimePoint now) {
   call.fd.reset();
+  if (call.way == Way::kCaller) call.way = Way::kSocket;
   call.last_error = std::move(why);
   call.state = Call::State::kWaiting;
   call.retry_at = now;
@@ -136,6 +160,7 @@ void Dialer::failed(Call& call, std::string why, TimePoint now) {
 }
 
 void Dialer::attempt(std::unique_lock<std::mutex>& lock, std::size_t index, TimePoint now) {
+  if (calls_[index].way == Way::kCaller) return connected(lock, calls_[index]);
   // The look-up may take long: it runs without the lock, on a copy, and finds its call again by the
   // caller.
   if (calls_[index].candidates.empty()) {
@@ -169,7 +194,7 @@ void Dialer::decided(std::unique_lock<std::mutex>& lock, int fd) {
   if (std::string error = connectError(fd); !error.empty()) {
     return failed(*call, std::move(error), Clock::now());
   }
-  if (!call->greet) return connected(lock, *call);
+  if (call->way != Way::kGreeted) return connected(lock, *call);
   // A new connection's buffer has room for these. The answer comes whole, or the stream has ended.
   if (::send(fd, kGreeting.data(), kGreeting.size(), MSG_NOSIGNAL) != kGreetingBytes) {
     return failed(*call, "the connection broke at once", Clock::now());
@@ -193,10 +218,19 @@ void Dialer::answered(std::unique_lock<std::mutex>& lock, Call& call) {
   char answer[kGreetingBytes];
   const ssize_t nbytes = ::recv(call.fd.get(), answer, sizeof answer, 0);
   if (nbytes < 0 && errno == EAGAIN) return;
+  if (nbytes < 0 && ++call.resets < kResetsMax) {
+    return failed(call, "it does not speak the tcp transport, or is too busy: " + errorText(errno),
+                  Clock::now());
+  }
   const std::string_view text(answer, nbytes < 0 ? 0 : static_cast<std::size_t>(nbytes));
   if (text == kAccepted) {
     wakeAt(call.fd.get(), 1);
     return connected(lock, call);
+  }
+  if (text == kTlsOnly) return tlsWanted(lock, call);
+  if (text == kBusy) {
+    return failed(call, "it has too many connections that have not said who they are",
+                  Clock::now());
   }
   estranged(lock, call,
             text.empty() ? "it closed the connection" : "it answers in another protocol");
@@ -210,6 +244,14 @@ void Dialer::estranged(std::unique_lock<std::mutex>& lock, Call& call, const std
   const std::string text = call.last_error;
   lock.unlock();
   caller->onStranger(text);
+  lock.lock();
+}
+
+void Dialer::tlsWanted(std::unique_lock<std::mutex>& lock, Call& call) {
+  const std::shared_ptr<Caller> caller = call.caller;
+  std::erase_if(calls_, [&](const Call& one) { return one.caller == caller; });
+  lock.unlock();
+  caller->onTlsWanted();
   lock.lock();
 }
 
@@ -246,21 +288,30 @@ void Dialer::acceptAll(std::unique_lock<std::mutex>& lock, std::uint64_t id, int
       if (out_of_something) accepted_.wait_for(lock, kAcceptPause, [this] { return stopping_; });
       return;
     }
-    if (one->greeted) {
-      wakeAt(socket.get(), kGreetingBytes);
-      arrivals_.push_back({std::move(socket), peer, id, Clock::now() + kSpeakWithin});
-    } else {
-      handOn(lock, *one, std::move(socket), peer, Speech::kHttp2);
+    std::shared_ptr<Guest> guest = guests_->enter(peer);
+    if (!guest) {
+      (void)!::send(socket.get(), kBusy.data(), kBusy.size(), MSG_NOSIGNAL);
+      continue;
     }
+    wakeAt(socket.get(), kGreetingBytes);
+    arrivals_.push_back(
+        {std::move(socket), peer, std::move(guest), id, Clock::now() + kSpeakWithin});
   }
 }
 
-void Dialer::handOn(std::unique_lock<std::mutex>& lock, const Listening& one, Fd fd,
-                    const SocketAddress& peer, Speech speech) {
+void Dialer::handOn(std::unique_lock<std::mutex>& lock, const Listening& one, Arrival arrival,
+                    Speech speech) {
   const std::shared_ptr<OnAccept> on_accept = one.on_accept;
+  if (speech != Speech::kFrames) {
+    // gRPC does not tell when it has lost a connection.
+    Fd same(fcntl(arrival.fd.get(), F_DUPFD_CLOEXEC, 0));
+    if (!same) return;
+    closeInChildren(same.get());
+    watched_.push_back({std::move(same), arrival.guest});
+  }
   accepting_ = one.id;
   lock.unlock();
-  (*on_accept)(std::move(fd), peer, speech);
+  (*on_accept)(std::move(arrival.fd), arrival.peer, speech, std::move(arrival.guest));
   lock.lock();
   accepting_ = 0;
   accepted_.notify_all();
@@ -270,7 +321,12 @@ void Dialer::handOn(std::unique_lock<std::mutex>& lock, const Listening& one, Fd
 void Dialer::spoke(std::unique_lock<std::mutex>& lock, int fd) {
   const auto found = std::find_if(arrivals_.begin(), arrivals_.end(),
                                   [fd](const Arrival& one) { return one.fd.get() == fd; });
-  if (found == arrivals_.end()) return;
+  if (found == arrivals_.end()) {
+    for (const Watched& one : watched_) {
+      if (one.fd.get() == fd) one.guest->leave();
+    }
+    return;
+  }
   char begin[kGreetingBytes];
   const ssize_t nbytes = ::recv(fd, begin, sizeof begin, MSG_PEEK);
   if (nbytes < 0 && errno == EAGAIN) return;
@@ -279,15 +335,37 @@ void Dialer::spoke(std::unique_lock<std::mutex>& lock, int fd) {
   const auto listening = std::find_if(listening_.begin(), listening_.end(),
                                       [&](const auto& one) { return one.id == arrival.listener; });
   const std::string_view text(begin, nbytes < 0 ? 0 : static_cast<std::size_t>(nbytes));
-  const bool frames = text == kGreeting;
-  if (listening == listening_.end() || (!frames && text != kHttp2)) return;
-  wakeAt(fd, 1);
-  if (frames) {
-    (void)!::recv(fd, begin, sizeof begin, 0);
-    (void)!::send(fd, kAccepted.data(), kAccepted.size(), MSG_NOSIGNAL);
+  if (listening == listening_.end()) return;
+  const auto answer = [fd](std::string_view word) {
+    (void)!::send(fd, word.data(), word.size(), MSG_NOSIGNAL);
+    char read[kGreetingBytes];
+    (void)!::recv(fd, read, sizeof read, 0);
+  };
+  // What has come is read first: a close that leaves some unread makes the kernel drop the answer.
+  const auto refuse = [this, fd](std::string_view word) {
+    char read[4096];
+    for (int i = 0; i < 16 && ::recv(fd, read, sizeof read, MSG_DONTWAIT) > 0; ++i) {
+    }
+    if (!word.empty()) (void)!::send(fd, word.data(), word.size(), MSG_NOSIGNAL);
+    guests_->refuse();
+  };
+  const Hearing hearing = listening->hearing;
+  if (hearing == Hearing::kTls) {
+    wakeAt(fd, 1);
+    if (text.starts_with(kTlsRecord)) {
+      return handOn(lock, *listening, std::move(arrival), Speech::kTls);
+    }
+    if (text == kGreeting) return refuse(kTlsOnly);
+    if (text == kHttp2) return refuse(kTlsOnlyHttp2);
+  } else if (text == kHttp2) {
+    wakeAt(fd, 1);
+    return handOn(lock, *listening, std::move(arrival), Speech::kHttp2);
+  } else if (text == kGreeting && hearing == Hearing::kFramesAndHttp2) {
+    wakeAt(fd, 1);
+    answer(kAccepted);
+    return handOn(lock, *listening, std::move(arrival), Speech::kFrames);
   }
-  handOn(lock, *listening, std::move(arrival.fd), arrival.peer,
-         frames ? Speech::kFrames : Speech::kHttp2);
+  refuse({});
 }
 
 Duration Dialer::untilNext(TimePoint now) {
@@ -313,6 +391,7 @@ void Dialer::listPolled(std::vector<pollfd>& polled, std::vector<std::uint64_t>&
     if (call.state == Call::State::kGreeting) polled.push_back({call.fd.get(), POLLIN, 0});
   }
   for (const Arrival& arrival : arrivals_) polled.push_back({arrival.fd.get(), POLLIN, 0});
+  for (const Watched& one : watched_) polled.push_back({one.fd.get(), POLLRDHUP, 0});
 }
 
 void Dialer::work() {
@@ -323,7 +402,10 @@ void Dialer::work() {
     const TimePoint now = Clock::now();
     while (expire(lock, now)) {
     }
-    std::erase_if(arrivals_, [now](const Arrival& one) { return one.deadline <= now; });
+    const std::size_t late =
+        std::erase_if(arrivals_, [now](const Arrival& one) { return one.deadline <= now; });
+    for (std::size_t i = 0; i < late; ++i) guests_->refuse();
+    std::erase_if(watched_, [](const Watched& one) { return one.guest->hasLeft(); });
     for (std::size_t i = 0; i < calls_.size(); ++i) {
       if (calls_[i].state == Call::State::kWaiting && calls_[i].retry_at <= now)
         attempt(lock, i, now);

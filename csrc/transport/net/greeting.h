@@ -20,7 +20,18 @@ inline constexpr std::string_view kGreeting{"reducer\x01", kGreetingBytes};
 inline constexpr std::string_view kAccepted{"REDUCER\x01", kGreetingBytes};
 inline constexpr std::string_view kHttp2{"PRI * HT", kGreetingBytes};
 
+/// Instead of kAccepted, before the connection is closed: come again later (too many have not said
+/// who they are), or by TLS.
+inline constexpr std::string_view kBusy{"REDBUSY\x01", kGreetingBytes};
+inline constexpr std::string_view kTlsOnly{"RED-TLS\x01", kGreetingBytes};
+
+/// How TLS begins: a handshake record of version 3.x.
+inline constexpr std::string_view kTlsRecord{"\x16\x03", 2};
+
 /// What an accepted connection carries.
-enum class Speech { kFrames, kHttp2 };
+enum class Speech { kFrames, kHttp2, kTls };
+
+/// What a listener takes; all else is closed.
+enum class Hearing { kFramesAndHttp2, kHttp2, kTls };
 
 }  // namespace reducer::transport::net

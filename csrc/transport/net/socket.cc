@@ -1,6 +1,7 @@
 #include "transport/net/socket.h"
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -52,20 +54,37 @@ Status setCongestionControl(int fd, const std::string& name) {
                                         errorText(error) + " (this kernel has: " + available + ")");
 }
 
+/// On a listening socket these are inherited by what it accepts.
+Status prepare(int fd, const std::string& congestion_control) {
+  set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(fd, IPPROTO_TCP, TCP_KEEPIDLE, kProbeAfterSeconds);
+  set(fd, IPPROTO_TCP, TCP_KEEPINTVL, kProbeEverySeconds);
+  set(fd, IPPROTO_TCP, TCP_KEEPCNT, kProbes);
+  set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, kSilenceMilliseconds);
+  if (Status status = setCongestionControl(fd, congestion_control); !status.ok()) return status;
+  closeInChildren(fd);
+  return {};
+}
+
 Result<Fd> makeSocket(const SocketAddress& address, const std::string& congestion_control) {
   Fd fd(socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, IPPROTO_TCP));
   if (!fd) return Status(Code::kUnavailable, "no socket: " + errorText(errno));
-  // On a listening socket these are inherited by what it accepts.
-  set(fd.get(), IPPROTO_TCP, TCP_NODELAY, 1);
-  set(fd.get(), SOL_SOCKET, SO_KEEPALIVE, 1);
-  set(fd.get(), IPPROTO_TCP, TCP_KEEPIDLE, kProbeAfterSeconds);
-  set(fd.get(), IPPROTO_TCP, TCP_KEEPINTVL, kProbeEverySeconds);
-  set(fd.get(), IPPROTO_TCP, TCP_KEEPCNT, kProbes);
-  set(fd.get(), IPPROTO_TCP, TCP_USER_TIMEOUT, kSilenceMilliseconds);
-  if (Status status = setCongestionControl(fd.get(), congestion_control); !status.ok())
-    return status;
-  closeInChildren(fd.get());
+  if (Status status = prepare(fd.get(), congestion_control); !status.ok()) return status;
   return fd;
+}
+
+/// "::ffff:10.0.0.4", which a socket for both kinds of address calls it, as 10.0.0.4.
+SocketAddress withoutMapping(const SocketAddress& address) {
+  const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address.storage);
+  if (address.storage.ss_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) return address;
+  SocketAddress plain;
+  auto& v4 = reinterpret_cast<sockaddr_in&>(plain.storage);
+  v4.sin_family = AF_INET;
+  v4.sin_port = v6.sin6_port;
+  std::memcpy(&v4.sin_addr, v6.sin6_addr.s6_addr + 12, sizeof v4.sin_addr);
+  plain.nbytes = sizeof v4;
+  return plain;
 }
 
 }  // namespace
@@ -83,7 +102,8 @@ void Fd::reset(int fd) {
   fd_ = fd;
 }
 
-std::string toString(const SocketAddress& address) {
+std::string toString(const SocketAddress& any) {
+  const SocketAddress address = withoutMapping(any);
   char host[INET6_ADDRSTRLEN] = "?";
   if (address.storage.ss_family == AF_INET6) {
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address.storage);
@@ -96,7 +116,7 @@ std::string toString(const SocketAddress& address) {
 }
 
 Result<std::vector<SocketAddress>> resolve(const std::string& address) {
-  const auto parsed = parseAddress(address);
+  const auto parsed = parseAddress(dialledOf(address));
   if (!parsed) {
     return Status(Code::kInvalidArgument, "this is not host:port with a port from 0 to 65535");
   }
@@ -186,6 +206,34 @@ std::pair<Fd, SocketAddress> acceptFrom(int listening) {
 }
 
 void wakeAt(int fd, int nbytes) { set(fd, SOL_SOCKET, SO_RCVLOWAT, nbytes); }
+
+void careForSocketsTo(const std::string& address, const std::string& congestion_control) {
+  auto wanted = resolve(address);
+  if (!wanted.ok()) return;
+  const auto close = [](DIR* folder) { closedir(folder); };
+  const std::unique_ptr<DIR, decltype(close)> all(opendir("/proc/self/fd"), close);
+  if (!all) return;
+  while (const dirent* const entry = readdir(all.get())) {
+    int fd = -1;
+    const char* const end = entry->d_name + std::strlen(entry->d_name);
+    if (std::from_chars(entry->d_name, end, fd).ptr != end) continue;
+    SocketAddress peer;
+    peer.nbytes = sizeof peer.storage;
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&peer.storage), &peer.nbytes) != 0) continue;
+    for (const SocketAddress& one : wanted.value()) {
+      // One that cannot have the congestion control keeps that of the system.
+      if (toString(one) == toString(peer)) (void)prepare(fd, congestion_control);
+    }
+  }
+}
+
+bool isLoopback(const SocketAddress& address) {
+  if (address.storage.ss_family == AF_INET6) {
+    return IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(address.storage).sin6_addr);
+  }
+  const auto& v4 = reinterpret_cast<const sockaddr_in&>(address.storage);
+  return ntohl(v4.sin_addr.s_addr) >> 24 == IN_LOOPBACKNET;
+}
 
 SocketAddress localAddress(int fd) {
   SocketAddress local;

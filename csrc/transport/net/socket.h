@@ -42,8 +42,9 @@ struct SocketAddress {
 /// "connection refused": errno in words that stand in the middle of a sentence.
 std::string errorText(int error);
 
-/// "10.0.0.4:7000" or "[fe80::1]:7000".
-std::string toString(const SocketAddress& address);
+/// "10.0.0.4:7000" or "[fe80::1]:7000"; an IPv4 address as such, also where a socket for both kinds
+/// has it.
+std::string toString(const SocketAddress& any);
 
 /// The addresses behind "host:port" or "[v6]:port". A name is looked up, which may take as long as
 /// the system's resolver does. kInvalidArgument or kUnavailable with a text that has no address in
@@ -70,6 +71,12 @@ std::pair<Fd, SocketAddress> acceptFrom(int listening);
 
 /// The socket counts as readable once this many bytes wait (or it has ended).
 void wakeAt(int fd, int nbytes);
+
+/// gRPC makes TLS connections itself: its sockets that are connected to "host:port" get what those
+/// made here have.
+void careForSocketsTo(const std::string& address, const std::string& congestion_control);
+
+bool isLoopback(const SocketAddress& address);
 
 /// The address that the socket is bound to.
 SocketAddress localAddress(int fd);

@@ -49,20 +49,21 @@ Result<std::shared_ptr<ListenerState>> Core::listen(const std::string& address, 
   listener->dialer_id = dialer_.startListening(
       std::move(socket),
       [this, http2 = std::move(http2), weak = std::weak_ptr<ListenerState>(listener)](
-          net::Fd fd, const net::SocketAddress& peer, net::Speech speech) {
+          net::Fd fd, const net::SocketAddress& peer, net::Speech speech,
+          std::shared_ptr<net::Guest> guest) {
         if (speech == net::Speech::kHttp2) {
-          if (http2) http2(std::move(fd), peer);
+          if (http2) http2(std::move(fd), peer, std::move(guest));
         } else if (const auto state = weak.lock()) {
-          take(std::move(fd), peer, state);
+          take(std::move(fd), peer, std::move(guest), state);
         }
       },
-      /*greeted=*/true);
+      net::Hearing::kFramesAndHttp2);
   return listener;
 }
 
-void Core::take(net::Fd fd, const net::SocketAddress& peer,
+void Core::take(net::Fd fd, const net::SocketAddress& peer, std::shared_ptr<net::Guest> guest,
                 const std::shared_ptr<ListenerState>& listener) {
-  auto stream = std::make_shared<Stream>(*this, net::toString(peer), listener);
+  auto stream = std::make_shared<Stream>(*this, net::toString(peer), listener, std::move(guest));
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) return;
@@ -93,7 +94,7 @@ void Core::unlisten(const std::shared_ptr<ListenerState>& listener) {
 
 std::shared_ptr<Stream> Core::connect(const std::string& address, std::shared_ptr<Handler> handler,
                                       Duration timeout, TcpTransport::Fallback fallback) {
-  auto stream = std::make_shared<Stream>(*this, address, nullptr);
+  auto stream = std::make_shared<Stream>(*this, address, nullptr, nullptr);
   {
     const std::lock_guard lock(mutex_);
     REDUCER_CHECK(!stopping_);

@@ -55,7 +55,7 @@ class Core {
   void forget(const std::shared_ptr<TimerState>& timer);
 
  private:
-  void take(net::Fd fd, const net::SocketAddress& peer,
+  void take(net::Fd fd, const net::SocketAddress& peer, std::shared_ptr<net::Guest> guest,
             const std::shared_ptr<ListenerState>& listener);
 
   const std::uint64_t generation_ = net::forkGeneration();

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "transport/net/guests.h"
 #include "transport/net/socket.h"
 #include "transport/transport.h"
 
@@ -21,7 +22,8 @@ struct TcpOptions {
 class TcpTransport : public Transport {
  public:
   /// Gets accepted connections that begin as HTTP/2 does, with all their bytes.
-  using Http2 = std::function<void(net::Fd fd, const net::SocketAddress& peer)>;
+  using Http2 = std::function<void(net::Fd fd, const net::SocketAddress& peer,
+                                   std::shared_ptr<net::Guest> guest)>;
   /// Connects in another way, to an address where somebody answers but not in tcp. `why`: in words.
   using Fallback = std::function<std::shared_ptr<Connection>(
       std::shared_ptr<Handler> handler, Duration timeout, const std::string& why)>;

@@ -103,6 +103,11 @@ Inbox::Next Inbox::next(Payload& message, std::string& bad) {
           std::to_string(wire::kMaxHeaderBytes) + " and " + std::to_string(payload_max);
     return Next::kBad;
   }
+  if (std::size_t{header} + payload > limit_) {
+    bad = "a message of " + std::to_string(std::size_t{header} + payload) +
+          " bytes before it has said who it is; until then the limit is " + std::to_string(limit_);
+    return Next::kBad;
+  }
   message_nbytes_ = kPrefixBytes + header + payload;
   if (nbytes_ < message_nbytes_) return Next::kMore;
   message = slice(kPrefixBytes, header + payload);

@@ -7,7 +7,9 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -55,6 +57,9 @@ class Inbox {
   int space(iovec* pieces);
   void received(std::size_t nbytes) { nbytes_ += nbytes; }
 
+  /// No message may have more: of a peer that has not said who it is. From any thread.
+  void limit(std::size_t nbytes) { limit_ = nbytes; }
+
   enum class Next { kMore, kFrame, kGoodbye, kBad };
   /// Takes the next message out. kFrame: `message` is header and payload, as wire::decode wants
   /// them. kGoodbye: `message` is code and text. kBad: its sizes are beyond the limits, in words;
@@ -68,6 +73,7 @@ class Inbox {
   void consume(std::size_t nbytes, bool handed_out);
 
   BlockPool& pool_;
+  std::atomic<std::size_t> limit_{SIZE_MAX};
   std::deque<std::shared_ptr<Block>> blocks_;
   std::size_t head_ = 0;            // in the first block: where the unread bytes begin
   std::size_t nbytes_ = 0;          // unread

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "common/limits.h"
 #include "transport/tcp/core.h"
 
 namespace reducer::transport::tcp {
@@ -30,8 +31,15 @@ bool writable(int fd) {
 
 }  // namespace
 
-Stream::Stream(Core& core, std::string peer, std::shared_ptr<ListenerState> listener)
-    : core_(core), peer_(std::move(peer)), listener_(std::move(listener)), inbox_(core.blocks()) {}
+Stream::Stream(Core& core, std::string peer, std::shared_ptr<ListenerState> listener,
+               std::shared_ptr<net::Guest> guest)
+    : core_(core),
+      peer_(std::move(peer)),
+      listener_(std::move(listener)),
+      guest_(std::move(guest)),
+      inbox_(core.blocks()) {
+  if (guest_) inbox_.limit(kMaxStrangerBytes);
+}
 
 // ------------------------------------------------------------------ the beginning
 
@@ -60,7 +68,7 @@ void Stream::dial(std::shared_ptr<Handler> handler, Duration timeout,
   timeout_ = timeout;
   started_ = Clock::now();
   turns_ = 0;
-  core_.dialer().dial(shared_from_this(), peer_, timeout, /*greet=*/true);
+  core_.dialer().dial(shared_from_this(), peer_, timeout, net::Dialer::Way::kGreeted);
 }
 
 void Stream::onSocket(net::Fd fd) {
@@ -76,6 +84,14 @@ void Stream::onSocket(net::Fd fd) {
     writing_ = true;
   }
   if (goOn()) write();
+}
+
+void Stream::onTlsWanted() { endSoon(net::tlsWanted(peer_)); }
+
+void Stream::admit() {
+  if (!guest_) return;
+  inbox_.limit(SIZE_MAX);
+  guest_->leave();
 }
 
 void Stream::onExpired(const std::string& last_error) {
@@ -392,6 +408,7 @@ void Stream::finishIfQuiet() {
     fd = std::move(fd_);
   }
   outbox_.clear();
+  if (guest_) guest_->leave();
   if (fd) core_.loop().remove(source_, fd.get());
   fd.reset();
   fallback_ = nullptr;

@@ -37,8 +37,9 @@ class Stream final : public Source,
                      public net::Caller,
                      public std::enable_shared_from_this<Stream> {
  public:
-  /// `listener`: that accepted it, or null.
-  Stream(Core& core, std::string peer, std::shared_ptr<ListenerState> listener);
+  /// `listener`: that accepted it, with the `guest` that its peer is at first, or null.
+  Stream(Core& core, std::string peer, std::shared_ptr<ListenerState> listener,
+         std::shared_ptr<net::Guest> guest);
 
   /// The end that was connected to. Calls the acceptor.
   void accept(net::Fd fd);
@@ -49,6 +50,9 @@ class Stream final : public Source,
   void close(const Status& reason, bool flush);
   /// close() without flush, also for a stream that is closing already.
   void abort(const Status& reason);
+
+  /// The peer is a guest no more.
+  void admit();
 
   const std::string& peer() const { return peer_; }
   /// The listener that accepted it, or null.
@@ -64,6 +68,7 @@ class Stream final : public Source,
   // The dialer's thread.
   void onSocket(net::Fd fd) override;
   void onStranger(const std::string& why) override;
+  void onTlsWanted() override;
   void onExpired(const std::string& last_error) override;
   void succeed(const std::shared_ptr<Connection>& successor);
 
@@ -93,6 +98,7 @@ class Stream final : public Source,
   const std::uint64_t generation_ = net::forkGeneration();
   const std::string peer_;
   const std::shared_ptr<ListenerState> listener_;
+  const std::shared_ptr<net::Guest> guest_;
   Duration timeout_{};
   TimePoint started_;
   TcpTransport::Fallback fallback_;
@@ -141,6 +147,7 @@ class StreamConnection final : public Connection {
   }
   void close(const Status& reason, bool flush) override { stream_->close(reason, flush); }
   std::string peer() const override { return stream_->peer(); }
+  void admit() override { stream_->admit(); }
 
  private:
   const std::shared_ptr<Stream> stream_;

@@ -17,6 +17,10 @@ class TcpListener final : public Listener {
     if (core && !core->orphaned()) core->unlisten(state_);
   }
   std::string address() const override { return state_->address; }
+  std::uint64_t refused() const override {
+    const auto core = core_.lock();
+    return core ? core->dialer().refused() : 0;
+  }
 
  private:
   const std::weak_ptr<Core> core_;
