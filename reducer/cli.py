@@ -194,6 +194,8 @@ def _print_stats(address: str, reply: dict[str, Any]) -> None:
     table.add_row("sent from it", format_size(reply["result_bytes"]))
     table.add_row("slots", "{slots_done} done, {slots_failed} failed, {slots_open} open".format_map(reply))
     table.add_row("connections", f"{reply['connections']} open, {reply['refused']} refusals")
+    if reply.get("damaged", "0") != "0":
+        table.add_row("damaged", f"{reply['damaged']} chunks, sent again")
     console = Console()
     console.print(table)
     if not reply["groups"]:

@@ -229,6 +229,7 @@ bool Link::pump(std::size_t pieces_max) {
       if (config_.checksum && payload.nbytes() > 0) {
         awaited.piece.frame.has_checksum = true;
         awaited.piece.frame.checksum = wire::crc32c(payload);
+        awaited.sent = payload;
       }
       pushed_bytes_ += payload.nbytes();
       const wire::Frame frame = awaited.piece.frame;
@@ -266,6 +267,9 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       break;
     case wire::FrameKind::kError:
       onError(frame);
+      break;
+    case wire::FrameKind::kResend:
+      onResend(frame.slot);
       break;
     case wire::FrameKind::kWelcome: {
       {
@@ -331,6 +335,7 @@ Status Link::check(const Piece& piece, const wire::Frame& result, const Payload&
 void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   Status wrong;
   if (frame.has_checksum && wire::crc32c(payload) != frame.checksum) {
+    if (askAgain(frame.slot)) return;
     wrong =
         Status(Code::kInternal, "a result of " + config_.name +
                                     " arrived with a wrong checksum: memory or network damage it");
@@ -339,6 +344,7 @@ void Link::onResult(const wire::Frame& frame, const Payload& payload) {
   {
     const std::lock_guard lock(mutex_);
     if (!takeAnswered(frame.slot, awaited)) return;
+    if (wrong.ok()) damaged_in_row_ = 0;
     pulled_bytes_ += payload.nbytes();
     if (Status status = check(awaited.piece, frame, payload); !status.ok()) wrong = status;
     if (wrong.ok()) keep(awaited, payload);
@@ -394,6 +400,7 @@ void Link::cancel(const Operation& operation, const Status& why) {
     if (awaited.operation.get() != &operation) continue;
     dropped.push_back(std::move(awaited.operation));
     released.push_back(std::move(awaited.payload));
+    released.push_back(std::move(awaited.sent));
   }
   forgetIfEmpty(lane);
   if (closed_ || !connection_) return;

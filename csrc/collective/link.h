@@ -152,6 +152,7 @@ class Link final : public std::enable_shared_from_this<Link> {
     std::uint64_t key = 0;
     Cursor origin;    // the piece's place; without its operation
     Payload payload;  // where it is to be kept and is not pulled
+    Payload sent;     // with checksums: to be sent again if it comes damaged
   };
   struct Queue {  // of one lane
     std::deque<Cursor> cursors;
@@ -179,6 +180,11 @@ class Link final : public std::enable_shared_from_this<Link> {
   Status check(const Piece& piece, const wire::Frame& result, const Payload& payload) const;
   void forgetIfEmpty(std::uint64_t lane);
   void onResult(const wire::Frame& frame, const Payload& payload);
+  /// A result that came damaged is asked for again. False: it has come so too often.
+  bool askAgain(const wire::SlotId& slot);
+  void onResend(const wire::SlotId& slot);
+  /// Asks for a result once more, or says that a push will not come again. With the lock held.
+  void queueResend(const wire::SlotId& slot);
   void onError(const wire::Frame& frame);
   std::size_t costOf(const Piece& piece) const;
 
@@ -199,6 +205,7 @@ class Link final : public std::enable_shared_from_this<Link> {
   std::unordered_map<wire::SlotId, Awaited, SlotHash> awaited_;
   // Go before pieces; a list, which costs nothing while empty.
   std::list<std::pair<wire::Frame, Payload>> told_;
+  int damaged_in_row_ = 0;  // results
   std::uint32_t epoch_ = 0;
   bool settles_ = false;           // the owner is still to be told
   std::uint64_t sent_beyond_ = 0;  // a key beyond all that were sent

@@ -1,10 +1,12 @@
 // Link, where owners are lost and come back: docs/protocol.md.
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "collective/link.h"
 #include "common/check.h"
+#include "common/limits.h"
 #include "common/planted.h"
 #include "wire/lane.h"
 
@@ -54,7 +56,8 @@ Link::Taken Link::takeAway() {
       for (Cursor& cursor : queue.cursors) taken.unanswered.push_back(std::move(cursor));
     }
     for (Kept& kept : kept_) taken.kept.push_back(std::move(kept));
-    taken.rest = std::make_shared<decltype(awaited_)>(std::move(awaited_));
+    taken.rest = std::make_shared<std::pair<decltype(awaited_), decltype(told_)>>(
+        std::move(awaited_), std::move(told_));
     awaited_.clear();
     queues_.clear();
     kept_.clear();
@@ -95,9 +98,55 @@ Status Link::inherit(Heritage heritage, std::uint32_t epoch) {
     kept.frame.has_checksum = config_.checksum && kept.payload.nbytes() > 0;
     if (kept.frame.has_checksum) kept.frame.checksum = wire::crc32c(kept.payload);
     told_.emplace_back(kept.frame, kept.payload);
-    if (config_.losable) kept_.push_back(std::move(kept));
+    // (A worker stays; with checksums it may have to be told once more.)
+    if (config_.losable || config_.checksum) kept_.push_back(std::move(kept));
   }
   return {};
+}
+
+// ------------------------------------------------------------------ damage on the way
+
+void Link::queueResend(const wire::SlotId& slot) {
+  wire::Frame frame;
+  frame.kind = wire::FrameKind::kResend;
+  frame.slot = slot;
+  told_.emplace_back(std::move(frame), Payload());
+}
+
+bool Link::askAgain(const wire::SlotId& slot) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (++damaged_in_row_ > kDamagedInRowMax || closed_ || closing_) return false;
+    queueResend(slot);
+  }
+  pump(std::numeric_limits<std::size_t>::max());
+  return true;
+}
+
+void Link::onResend(const wire::SlotId& slot) {
+  Awaited cancelled;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || closing_) return;
+    const auto found = awaited_.find(slot);
+    if (found != awaited_.end() && found->second.operation) {
+      told_.emplace_back(found->second.piece.frame, found->second.sent);
+    } else if (found != awaited_.end()) {
+      takeAnswered(slot, cancelled);  // the owner never had it, and will say nothing
+      queueResend(slot);
+    } else {
+      // What a lost owner had answered. Where it is not kept any more, all have it.
+      const auto kept = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& one) {
+        return one.frame.again && one.frame.slot == slot;
+      });
+      if (kept != kept_.end()) {
+        told_.emplace_back(kept->frame, kept->payload);
+      } else {
+        queueResend(slot);
+      }
+    }
+  }
+  pump(std::numeric_limits<std::size_t>::max());
 }
 
 void Link::enterEpoch(std::uint32_t epoch) {

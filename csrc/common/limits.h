@@ -9,6 +9,10 @@ namespace reducer {
 /// Version of the wire protocol. Both ends must speak the same one.
 inline constexpr std::uint32_t kProtocolVersion = 3;
 
+/// With checksums, what comes damaged is asked for again; so many times in a row, then it is an
+/// error: something is broken, and not just unlucky.
+inline constexpr int kDamagedInRowMax = 16;
+
 inline constexpr std::int32_t kMaxWorldSize = 4096;
 
 /// The name of a group instance on the wire: random bytes, so that two never have the same.

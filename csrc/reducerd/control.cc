@@ -43,6 +43,7 @@ class ControlService final : public v1::Control::Service {
     reply->set_slots_open(stats.slots_open);
     reply->set_connections(stats.connections);
     reply->set_refused(stats.refused);
+    reply->set_damaged(stats.damaged);
     reply->set_draining(stats.draining);
     reply->set_uptime_s(stats.uptime_s);
     reply->set_protocol_version(kProtocolVersion);

@@ -317,6 +317,7 @@ ServerStats ReducerServer::stats() const {
   stats.held_bytes_max = state_->held_bytes_max;
   stats.pushed_bytes = state_->pushed_bytes;
   stats.result_bytes = state_->result_bytes;
+  stats.damaged = state_->damaged;
   stats.refused = state_->refused + (listener_ ? listener_->refused() : 0);
   stats.uptime_s = std::chrono::duration<double>(state_->transport.now() - state_->started).count();
   for (const auto& shard : state_->shards) {

@@ -58,6 +58,7 @@ struct ServerStats {
   std::uint64_t slots_open = 0;
   std::uint64_t connections = 0;
   std::uint64_t refused = 0;  ///< connections and operations answered by an error
+  std::uint64_t damaged = 0;  ///< chunks that came with a wrong checksum and were sent again
   bool draining = false;
   double uptime_s = 0;
   std::vector<GroupStats> groups;

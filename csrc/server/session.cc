@@ -34,6 +34,16 @@ void Session::onFrame(wire::Frame frame, Payload payload) {
 
 Status Session::dispatch(const wire::Frame& frame, Payload payload) {
   pulse_.heard();
+  const bool ordered = frame.kind == wire::FrameKind::kPush ||
+                       frame.kind == wire::FrameKind::kCancel ||
+                       frame.kind == wire::FrameKind::kSettled;
+  if (ordered && !in_process && (!backlog_.empty() || isDamaged(frame, payload))) {
+    return holdBack(frame, std::move(payload));
+  }
+  return handle(frame, std::move(payload));
+}
+
+Status Session::handle(const wire::Frame& frame, Payload payload) {
   switch (frame.kind) {
     case wire::FrameKind::kHello:
       return hello(frame.hello);
@@ -55,6 +65,8 @@ Status Session::dispatch(const wire::Frame& frame, Payload payload) {
       return onMembership(frame);
     case wire::FrameKind::kBeat:
       return {};
+    case wire::FrameKind::kResend:
+      return resend(frame.slot);
     default:
       return Status(Code::kInvalidArgument, "a worker does not send frames of kind " +
                                                 std::to_string(static_cast<int>(frame.kind)));
@@ -77,12 +89,6 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
     return Status(
         Code::kInvalidArgument,
         who + " sends through a standalone reducer; send and recv go to the other worker");
-  }
-  if (frame.has_checksum && payload.nbytes() > 0 && wire::crc32c(payload) != frame.checksum) {
-    return Status(Code::kInternal,
-                  "a chunk of " + who + " (" + hello_.host + ") arrived at " +
-                      state_->options.host +
-                      " with a wrong checksum: memory or network damaged it on the way");
   }
   // The memory that was promised at hello is all that a worker gets: its own window. (What a
   // worker's own reducer holds for it is the worker's own memory, and send and recv never go
@@ -174,6 +180,13 @@ void Session::answer(const wire::Frame& frame, Payload payload) {
   if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
     --outstanding_frames_;
   }
+  if (frame.has_checksum && frame.kind == wire::FrameKind::kResult && !in_process) {
+    remember(frame, payload);
+  }
+  deliver(frame, std::move(payload));
+}
+
+void Session::deliver(const wire::Frame& frame, Payload payload) {
   if (!state_->options.counts_unread || in_process) {
     return connection_->send(frame, std::move(payload));
   }
@@ -192,6 +205,109 @@ void Session::answer(const wire::Frame& frame, Payload payload) {
   ++state_->refused;
   // Nothing more is queued for it: it would not read that, either.
   connection_->close(Status(Code::kResourceExhausted, text), /*flush=*/false);
+}
+
+// ------------------------------------------------------------------ damage on the way
+
+bool Session::isDamaged(const wire::Frame& frame, const Payload& payload) {
+  return frame.has_checksum && payload.nbytes() > 0 && wire::crc32c(payload) != frame.checksum;
+}
+
+// What comes behind a damaged push waits until that has come whole: a worker's word that it has
+// moved all its pieces says something of those before it only.
+Status Session::holdBack(const wire::Frame& frame, Payload payload) {
+  const bool damaged = isDamaged(frame, payload);
+  const auto missing = findMissing(frame.slot, frame.again);
+  if (damaged) {
+    if (++damaged_in_row_ > kDamagedInRowMax) {
+      return Status(Code::kInternal,
+                    "a chunk of rank " + std::to_string(hello_.rank) + " (" + hello_.host +
+                        ") arrived at " + state_->options.host +
+                        " with a wrong checksum: memory or network damaged it on the way");
+    }
+    ++state_->damaged;
+    wire::Frame reply;
+    reply.kind = wire::FrameKind::kResend;
+    reply.slot = frame.slot;
+    send(reply);
+    if (missing == backlog_.end()) backlog_.push_back({frame, {}, /*missing=*/true});
+    return {};
+  }
+  damaged_in_row_ = 0;
+  backlog_bytes_ += payload.nbytes();
+  if (frame.kind == wire::FrameKind::kPush && missing != backlog_.end()) {
+    *missing = {frame, std::move(payload), /*missing=*/false};
+    return workOff();
+  }
+  // (A push counts against the window when it is its turn.)
+  if (backlog_bytes_ / windows() / kAgainWindows > hello_.window_bytes ||
+      backlog_.size() > static_cast<std::size_t>(kOutstandingFramesMax)) {
+    return Status(Code::kResourceExhausted, "rank " + std::to_string(hello_.rank) +
+                                                " sends on and on behind a chunk that came "
+                                                "damaged, and not that once more");
+  }
+  backlog_.push_back({frame, std::move(payload), /*missing=*/false});
+  return {};
+}
+
+std::deque<Session::Held>::iterator Session::findMissing(const wire::SlotId& slot,
+                                                         std::optional<bool> again) {
+  return std::find_if(backlog_.begin(), backlog_.end(), [&](const Held& held) {
+    return held.missing && held.frame.slot == slot && (!again || held.frame.again == *again);
+  });
+}
+
+Status Session::workOff() {
+  while (!backlog_.empty() && !backlog_.front().missing) {
+    Held held = std::move(backlog_.front());
+    backlog_.pop_front();
+    backlog_bytes_ -= held.payload.nbytes();
+    if (Status status = handle(held.frame, std::move(held.payload)); !status.ok()) return status;
+  }
+  return {};
+}
+
+// A result that came damaged keeps its place in the worker's window until it has come whole. So no
+// more than about a window is answered meanwhile; two are kept. Sessions share the bytes.
+void Session::remember(const wire::Frame& frame, const Payload& payload) {
+  std::deque<Answered> dropped;
+  Payload kept = payload;
+  if (!state_->options.standalone && frame.call.op == ReduceOp::kNone) {
+    // It may be the memory of this process' worker, whose call is not to last until it is dropped.
+    const std::size_t nbytes = payload.nbytes();
+    auto copy = std::make_shared<std::vector<std::byte>>(nbytes);
+    payload.copyTo(copy->data());
+    kept = Payload(Bytes(copy->data(), nbytes), copy);
+  }
+  const std::lock_guard lock(answered_mutex_);
+  answered_.push_back({frame, std::move(kept)});
+  answered_bytes_ += payload.nbytes();
+  while (answered_.size() > 1 && answered_bytes_ > 2 * hello_.window_bytes * windows()) {
+    answered_bytes_ -= answered_.front().payload.nbytes();
+    dropped.push_back(std::move(answered_.front()));
+    answered_.pop_front();
+  }
+}
+
+Status Session::resend(const wire::SlotId& slot) {
+  if (const auto missing = findMissing(slot, std::nullopt); missing != backlog_.end()) {
+    backlog_.erase(missing);  // the worker has given it up
+    return workOff();
+  }
+  Answered again;
+  {
+    const std::lock_guard lock(answered_mutex_);
+    const auto found = std::find_if(answered_.begin(), answered_.end(),
+                                    [&](const Answered& one) { return one.frame.slot == slot; });
+    if (found == answered_.end()) {
+      return Status(Code::kInvalidArgument, "rank " + std::to_string(hello_.rank) +
+                                                " asks for a result that it was not given lately");
+    }
+    again = *found;
+  }
+  ++state_->damaged;
+  deliver(again.frame, std::move(again.payload));
+  return {};
 }
 
 Payload Session::counted(Payload payload) {

@@ -136,6 +136,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   std::atomic<std::uint64_t> held_bytes{0};
   std::atomic<std::uint64_t> held_bytes_max{0};
   std::atomic<std::uint64_t> refused{0};
+  std::atomic<std::uint64_t> damaged{0};
 };
 
 /// Thread safety: as transport::Handler; answer() from any thread.
@@ -170,6 +171,24 @@ class Session final : public transport::Handler,
     std::atomic<std::int64_t> bytes{0};
     std::atomic<std::int64_t> frames{0};
   };
+  /// A result, for the case that it comes damaged.
+  struct Answered {
+    wire::Frame frame;
+    Payload payload;
+  };
+  void deliver(const wire::Frame& frame, Payload payload);
+  /// A frame that waits for a damaged one before it, or that one's place.
+  struct Held {
+    wire::Frame frame;
+    Payload payload;
+    bool missing = false;
+  };
+  static bool isDamaged(const wire::Frame& frame, const Payload& payload);
+  Status holdBack(const wire::Frame& frame, Payload payload);
+  std::deque<Held>::iterator findMissing(const wire::SlotId& slot, std::optional<bool> again);
+  Status workOff();
+  void remember(const wire::Frame& frame, const Payload& payload);
+  Status resend(const wire::SlotId& slot);
   /// The payload, counted until its bytes have left.
   Payload counted(Payload payload);
   /// What the worker has pushed and what it has not read are what was promised to it: its window,
@@ -177,6 +196,7 @@ class Session final : public transport::Handler,
   /// here, and the worker may have pushed as many anew).
   bool withinPromise() const;
   Status dispatch(const wire::Frame& frame, Payload payload);
+  Status handle(const wire::Frame& frame, Payload payload);
   Status onMembership(const wire::Frame& frame);
   Status push(const wire::Frame& frame, Payload payload);
   Status again(const wire::Frame& frame, Payload payload);
@@ -201,6 +221,13 @@ class Session final : public transport::Handler,
   std::atomic<std::uint32_t> settled_epoch_{0};
   std::atomic<std::uint32_t> calm_epoch_{0};
   transport::Pulse pulse_;
+  // Frames come one at a time but for those of this process, of which none is damaged.
+  int damaged_in_row_ = 0;
+  std::deque<Held> backlog_;
+  std::size_t backlog_bytes_ = 0;
+  std::mutex answered_mutex_;
+  std::deque<Answered> answered_;  // with checksums: the latest
+  std::size_t answered_bytes_ = 0;
   // Of what came again since it last settled.
   std::atomic<std::uint64_t> again_bytes_{0};
   std::atomic<std::uint64_t> again_frames_{0};

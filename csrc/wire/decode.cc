@@ -273,7 +273,7 @@ bool kind(Reader& in, FrameKind& out) {
   if (!in.varint(value)) return false;
   const bool here = value == static_cast<std::uint64_t>(FrameKind::kArrived) ||
                     value == static_cast<std::uint64_t>(FrameKind::kLeft);
-  if (value < 1 || value > static_cast<std::uint64_t>(FrameKind::kLate) || here) {
+  if (value < 1 || value > static_cast<std::uint64_t>(FrameKind::kResend) || here) {
     return in.fail("kind " + std::to_string(value) + " is not known");
   }
   out = static_cast<FrameKind>(value);

@@ -42,6 +42,8 @@ enum class FrameKind : std::uint8_t {
                ///< way: so it is, from operation `slot.seq` on. `epoch`: of which attempt
   kLate = 16,  ///< reducer -> worker: `text` says who is missing from a slot for long; rank
                ///< `pusher` is to say it aloud
+  kResend = 17,  ///< both ways: what came for this slot was damaged; once more, please. The answer
+                 ///< of a worker that has given it up: it will not come
 };
 
 /// Which slot of a group a frame belongs to.

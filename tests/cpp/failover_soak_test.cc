@@ -57,11 +57,12 @@ struct Tally {
   std::uint64_t jobs = 0;
   std::uint64_t calls = 0;
   std::uint64_t changes = 0;  // of owners
+  std::uint64_t damaged = 0;  // chunks, as far as reducers that are alive at the end know
   std::uint64_t faults[kKinds] = {};
   std::string text() const {
     std::string all = std::to_string(jobs) + " jobs, " + std::to_string(calls) +
                       " collectives on each of their ranks, " + std::to_string(changes) +
-                      " changes of owners;";
+                      " changes of owners, " + std::to_string(damaged) + " chunks damaged;";
     for (int kind = 0; kind < kKinds; ++kind) {
       all += (kind == 0 ? " " : ", ") + std::to_string(faults[kind]) + " " + kNames[kind];
     }
@@ -80,6 +81,10 @@ class Storm {
     ClusterOptions options = clusterOf(algorithm, workers, servers_, seed);
     options.settings.heartbeat = std::chrono::milliseconds(400);
     options.settings.connect_timeout = std::chrono::seconds(20);
+    if (below(4) == 0) {
+      options.settings.checksum = true;
+      options.sim.damages_one_in = 20 + below(200);
+    }
     cluster_ = std::make_unique<SimCluster>(options);
     calls_ = 4 + below(20);
     job_ = std::make_unique<Job>(*cluster_, calls_, random_);
@@ -127,11 +132,13 @@ class Storm {
     }
     cluster_->network().runUntil([] { return false; }, std::chrono::seconds(5));
     for (const auto& local : cluster_->locals()) {
+      tally_.damaged += local->stats().damaged;
       ASSERT_EQ(local->stats().slots_open, 0U) << "a slot leaks at " << local->address();
       ASSERT_EQ(local->stats().held_bytes, 0U) << "bytes leak at " << local->address();
     }
     for (std::size_t k = 0; k < alive_.size(); ++k) {
       if (alive_[k] == 0) continue;
+      tally_.damaged += cluster_->reducers()[k]->stats().damaged;
       ASSERT_EQ(cluster_->reducers()[k]->stats().slots_open, 0U) << "a slot leaks at server " << k;
       ASSERT_EQ(cluster_->reducers()[k]->stats().held_bytes, 0U) << "bytes leak at server " << k;
     }

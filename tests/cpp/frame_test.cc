@@ -225,7 +225,7 @@ TEST(Frame, RefusesWhatIsNoMessage) {
   expectRefused(raw({0x08, 8}), "kind 8 is not known");
   expectRefused(raw({0x08, 7, 0x08, 7}), "field 1 comes twice (byte 3)");
   expectRefused(raw({0x08, 9}), "kind 9 is not known");
-  expectRefused(raw({0x08, 17}), "kind 17 is not known");
+  expectRefused(raw({0x08, 18}), "kind 18 is not known");
   expectRefused(raw({0x08, 10}), "lost owners, but none is named");
   expectRefused(raw({0x08, 14}), "lost owners, but none is named");
   EXPECT_TRUE(decodeAlone(raw({0x08, 11})).ok());  // none are lost any more

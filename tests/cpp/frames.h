@@ -88,7 +88,7 @@ inline wire::Hello anyHello(Random& random) {
 inline wire::Frame anyFrame(Random& random, std::size_t payload_nbytes_max,
                             std::size_t& payload_nbytes) {
   wire::Frame frame;
-  const std::uint64_t kind = 1 + upTo(random, 13);  // 8 and 9 never leave a process
+  const std::uint64_t kind = 1 + upTo(random, 14);  // 8 and 9 never leave a process
   frame.kind = static_cast<wire::FrameKind>(kind < 8 ? kind : kind + 2);
   payload_nbytes = 0;
   frame.epoch = static_cast<std::uint32_t>(anyNumber(random, 32));

@@ -47,6 +47,8 @@ struct SimOptions {
   /// Payloads arrive cut into random pieces of 1 to this many bytes at random alignments (0: one
   /// piece).
   std::size_t piece_bytes_max = 0;
+  /// One of so many payloads arrives with a bit turned over; 0: none.
+  std::uint64_t damages_one_in = 0;
   /// False: payloads arrive as references to the sender's memory, for runs too large to copy.
   bool copies = true;
   NicModel nic;  ///< virtual time only

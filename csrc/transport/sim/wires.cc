@@ -332,6 +332,17 @@ Payload World::carry(Message message, std::uint64_t seed) const {
   };
   put(message.header);
   for (const Bytes& piece : message.payload.pieces()) put(piece);
+  if (const std::uint64_t one_in = options_.damages_one_in;
+      one_in > 0 && message.payload.nbytes() > 0 && random.upTo(one_in - 1) == 0) {
+    std::size_t at = message.header.size() + random.upTo(message.payload.nbytes() - 1);
+    for (const Place& each : places) {
+      if (at < each.nbytes) {
+        memory[each.offset + at] ^= std::byte{1};
+        break;
+      }
+      at -= each.nbytes;
+    }
+  }
   std::vector<Bytes> pieces;
   pieces.reserve(places.size());
   for (const Place& each : places) pieces.emplace_back(memory.get() + each.offset, each.nbytes);
