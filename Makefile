@@ -32,6 +32,7 @@ help: ## this table
 	@echo 'netlab takes SCENARIO, as 8+8 or 8+4,8+0 (default: all); perf-check takes ARGS=--update;'
 	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest;'
 	@echo 'sim-soak takes SEEDS, its number of jobs;'
+	@echo 'chaos takes ARGS such as "--minutes 1 --seed 7 --verbose";'
 	@echo 'torch-suite takes ARGS such as "--backend reducer --world-size 3 -k barrier", or --list.'
 
 setup: ## everything this machine lacks: system packages, .venv, the build (quick if nothing)
@@ -105,6 +106,9 @@ torch-suite: setup ## PyTorch's own distributed suite on reducer, and beside it 
 
 sim-soak: setup ## failover in 100,000 simulated jobs (SEEDS), and that planted faults are found (15 minutes; a part is in test)
 	tests/soak/check.sh
+
+chaos: setup ## reducers are killed, stopped and started again while 4 workers sum (10 minutes; ARGS="--minutes 1")
+	$(VENV)/python benchmarks/chaos.py $(ARGS)
 
 test-model: setup ## the protocol of failover, every interleaving of the smallest jobs, by Spin
 	tests/model/check.sh quick

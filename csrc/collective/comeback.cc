@@ -122,14 +122,13 @@ void GroupState::missAbsentees() {
   }
 }
 
-void GroupState::forgetAbsentees() {
+void GroupState::stopLooking() {
   std::vector<Link::Taken> taken;  // is let go without the lock
   {
     const std::lock_guard lock(mutex_);
-    if (std::exchange(forgot_absentees_, true)) return;
+    if (std::exchange(stopped_looking_, true)) return;
     for (OwnerIndex owner = config_.world_size; owner < standing_.size(); ++owner) {
       if (!standing_[owner].lost) continue;
-      local_.absentees().remove(addressOf(owner));
       // What is begun there has nobody to say goodbye to.
       giveUpComeback(owner, taken);
     }

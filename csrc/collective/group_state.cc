@@ -453,7 +453,7 @@ void GroupState::close() {
   }
   ticker.reset();
   if (const auto stage = this->stage()) stage->stop();
-  forgetAbsentees();
+  stopLooking();
   for (const auto& link : links_) link->close();
 }
 

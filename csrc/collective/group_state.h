@@ -179,8 +179,8 @@ class GroupState final : public LinkEvents,
   }
   /// Does not wait to connect to what another group of the process has lost.
   void missAbsentees();
-  /// This group misses nobody any more.
-  void forgetAbsentees();
+  /// This group looks for nobody any more.
+  void stopLooking();
   /// False: no standalone reducer ever was, and the group has done nothing yet, which is a mistake
   /// in their addresses.
   bool anyReachable();
@@ -247,7 +247,7 @@ class GroupState final : public LinkEvents,
   engine::Joined finished_;              // the last collective that was done, and so joined by all
   std::vector<Standing> standing_;       // by OwnerIndex
   std::atomic<std::uint32_t> epoch_{0};  // changes of owners
-  bool forgot_absentees_ = false;
+  bool stopped_looking_ = false;
   bool holding_ = false;              // no collective starts
   std::vector<Queued> held_;          // what would have, in order
   std::shared_ptr<HostStage> stage_;  // since the first operation that needs it

@@ -72,14 +72,16 @@ class Child:
         said = f"; its last words:\n{words}" if words else "; it wrote nothing"
         return ChildError(f"{self.name} {what}: {how}{said}")
 
-    def output(self) -> str:
+    def output(self, lines: int = _QUOTED_LINES) -> str:
         """The last lines written to stderr (and to stdout, unless captured)."""
         if self._log.closed:
             return ""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 20_000))
-        lines = self._log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-_QUOTED_LINES:])
+        # Not by seek() and read(): the child writes at the offset that both share.
+        number = self._log.fileno()
+        size = os.fstat(number).st_size
+        nbytes_max = 200 * lines + 20_000
+        written = os.pread(number, nbytes_max, max(0, size - nbytes_max)).decode(errors="replace").splitlines()
+        return "\n".join(written[-lines:])
 
     def read_line(self, deadline: float) -> str:
         """The next line of the captured stdout; ChildError at its end or at the deadline."""

@@ -234,13 +234,14 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def main() -> None:
+def main(rank: Rank | None = None) -> None:
+    """Serves a rank, of this class or of one with more commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--control", type=int, required=True, help="inherited socket's number")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
-    rank = Rank()
+    rank = rank or Rank()
     with socket.socket(fileno=arguments.control) as control, control.makefile("rwb") as lines:
         for line in lines:
             command = json.loads(line)

@@ -74,9 +74,14 @@ class LocalTeam:
         *,
         prefixes: Sequence[Sequence[str]] = (),
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "reducer._bench.rank"),
     ) -> None:
-        """`prefixes[rank]` goes before rank's command line (`ip netns exec NAME`)."""
+        """`prefixes[rank]` goes before rank's command line (`ip netns exec NAME`).
+
+        `program`: what Python runs as a rank, a Rank served by `rank.main`.
+        """
         self.name = name
+        self._program = program
         self.world_size = world_size
         self._children: list[Child] = []
         self._sockets: list[socket.socket] = []
@@ -101,7 +106,7 @@ class LocalTeam:
             control = str(theirs.fileno())
             child = Child(
                 f"{self.name}: rank {rank}",
-                [*prefix, sys.executable, "-m", "reducer._bench.rank", "--control", control],
+                [*prefix, sys.executable, *self._program, "--control", control],
                 environment=variables,
                 inherit=[theirs.fileno()],
             )
@@ -121,9 +126,29 @@ class LocalTeam:
         raise_errors([reply, *self._ask(others, timeout_s)])
 
     def call(self, command: Message, timeout_s: float) -> list[Message]:
-        replies = self._ask(dict.fromkeys(range(self.world_size), command), timeout_s)
+        self.begin(command)
+        return self.end(timeout_s)
+
+    def begin(self, command: Message) -> None:
+        """Has all ranks start on it. The caller may do other things before end()."""
+        self._tell(dict.fromkeys(range(self.world_size), command))
+
+    def quiet(self, seconds: float) -> bool:
+        """Waits so long, or until a rank answers or ends: whether none did. Between begin() and end()."""
+        with selectors.DefaultSelector() as selector:
+            for control in self._sockets:
+                selector.register(control, selectors.EVENT_READ)
+            return not selector.select(max(0.0, seconds))
+
+    def end(self, timeout_s: float) -> list[Message]:
+        """The answers to what began, by rank."""
+        replies = self._collect(list(range(self.world_size)), timeout_s)
         raise_errors(replies)
         return replies
+
+    def log(self, rank: int, lines: int = 200) -> str:
+        """The last lines that a rank wrote."""
+        return self._children[rank].output(lines)
 
     def close(self) -> None:
         for control in self._sockets:
@@ -133,10 +158,13 @@ class LocalTeam:
 
     def _ask(self, commands: Mapping[int, Message], timeout_s: float) -> list[Message]:
         """The answers to commands by rank, in their order. Answers to commands before, that come late, are skipped."""
+        self._tell(commands)
+        return self._collect(list(commands), timeout_s)
+
+    def _tell(self, commands: Mapping[int, Message]) -> None:
         self._number += 1
         for rank, command in commands.items():
             self._send(rank, {**command, "number": self._number})
-        return self._collect(list(commands), timeout_s)
 
     def _send(self, rank: int, command: Message) -> None:
         if not self._sockets:

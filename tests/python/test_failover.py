@@ -15,6 +15,8 @@ import torch.distributed as dist
 from ranks import Ranks, ready_address, start_reducer
 from test_backend_answer import contribution
 
+import reducer
+
 
 @contextlib.contextmanager
 def killable_reducers(count: int) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
@@ -200,6 +202,38 @@ def test_without_failover_a_lost_reducer_ends_the_group_and_nothing_is_kept() ->
         for outcome in outcomes:
             assert outcome.kind == "DistBackendError"
             assert f"the reducer at {addresses.split(',')[0]} is gone" in outcome.trace
+
+
+_followed: dist.ProcessGroup | None = None
+
+
+def test_a_group_that_follows_another_knows_who_is_away() -> None:
+    with killable_reducers(2) as (processes, addresses), Ranks(3) as ranks:
+        ranks.call(be_followed, addresses)
+        processes[0].kill()
+        ranks.call(sum_in_first_group, 20)
+        # It would wait for REDUCER_CONNECT_TIMEOUT.
+        assert max(ranks.call(follow, addresses)) < 10.0
+
+
+def be_followed(addresses: str) -> None:
+    global _followed
+    _followed = dist.new_group(pg_options=reducer.Options(servers=addresses, algorithm="server"))
+    sum_in_first_group(1)
+
+
+def sum_in_first_group(times: int) -> None:
+    for _ in range(times):
+        dist.all_reduce(torch.ones(300_000), group=_followed)
+
+
+def follow(addresses: str) -> float:
+    """The next group is made, and the first destroyed before the next has looked around; how long its first call is."""
+    group = dist.new_group(pg_options=reducer.Options(servers=addresses, algorithm="server"))
+    dist.destroy_process_group(_followed)
+    began = time.monotonic()
+    dist.all_reduce(torch.ones(1_000_003), group=group)
+    return time.monotonic() - began
 
 
 def test_a_reducer_that_two_groups_use() -> None:
