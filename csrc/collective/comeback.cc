@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "collective/group_state.h"
+#include "engine/describe.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
@@ -114,11 +115,20 @@ void GroupState::giveUpComeback(OwnerIndex owner, std::vector<Link::Taken>& take
 
 // ------------------------------------------------------------------ other groups' losses
 
-void GroupState::missAbsentees() {
+// At the start, reducers have as long as the user says. Where one is there, the others count as
+// lost after a heartbeat: they are taken in when they come.
+void GroupState::missAbsentees(TimePoint now) {
+  const Duration patience = config_.settings.heartbeat;
+  const bool some = std::any_of(links_.begin() + config_.world_size, links_.end(),
+                                [](const auto& link) { return link->wasConnected(); });
+  const bool late = some && patience > Duration::zero() && now - started_ >= patience;
   for (OwnerIndex owner = config_.world_size; owner < links_.size(); ++owner) {
     if (!losable(owner) || links_[owner]->wasConnected() || isAway(owner)) continue;
-    if (!local_.absentees().contains(addressOf(owner))) continue;
-    reportLost(owner, Status(Code::kUnavailable, "another group of this process has lost it"));
+    const bool absent = local_.absentees().contains(addressOf(owner));
+    if (!absent && !late) continue;
+    reportLost(owner, Status(Code::kUnavailable,
+                             absent ? "another group of this process has lost it"
+                                    : "it did not answer within " + engine::seconds(patience)));
   }
 }
 

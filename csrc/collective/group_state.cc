@@ -154,6 +154,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
 
 void GroupState::start() {
   const std::string text = settingsText(config_, routes_, placement_);
+  started_ = transport_.now();
   standing_.assign(config_.world_size + config_.servers.size(), {});
   for (OwnerIndex owner = 0; owner < config_.world_size + config_.servers.size(); ++owner) {
     links_.push_back(makeLink(owner, text));
@@ -432,7 +433,7 @@ void GroupState::tick(TimePoint now) {
   }
   if (lost.rank != kAllRanks) loseWorker(lost.rank, lost.text, lost.joined);
   for (const auto& link : links_) link->beat(now);
-  missAbsentees();
+  missAbsentees(now);
   lookForLost(now);
   for (const Receives::Request& request : late) request.fail(Status());
   for (const auto& operation : operations()) {

@@ -178,7 +178,7 @@ class GroupState final : public LinkEvents,
                            : config_.workers[owner];
   }
   /// Does not wait to connect to what another group of the process has lost.
-  void missAbsentees();
+  void missAbsentees(TimePoint now);
   /// This group looks for nobody any more.
   void stopLooking();
   /// False: no standalone reducer ever was, and the group has done nothing yet, which is a mistake
@@ -243,8 +243,9 @@ class GroupState final : public LinkEvents,
     engine::Joined joined;
     TimePoint at;
   };
-  WorkerLost worker_lost_;               // as rank 0's reducer says
-  engine::Joined finished_;              // the last collective that was done, and so joined by all
+  WorkerLost worker_lost_;   // as rank 0's reducer says
+  engine::Joined finished_;  // the last collective that was done, and so joined by all
+  TimePoint started_;
   std::vector<Standing> standing_;       // by OwnerIndex
   std::atomic<std::uint32_t> epoch_{0};  // changes of owners
   bool stopped_looking_ = false;

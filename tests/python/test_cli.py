@@ -150,7 +150,7 @@ def test_stats_as_json(server: Server) -> None:
     done = run("stats", "--json", server.address)
     assert done.returncode == 0, done.stderr
     stats = json.loads(done.stdout)
-    assert stats["protocol_version"] == 2
+    assert stats["protocol_version"] == 3
     assert stats["draining"] is False
     assert stats["groups"] == []
     counters = {name: value for name, value in stats.items() if name not in ("draining", "uptime_s", "groups")}
@@ -178,7 +178,7 @@ def test_stats_names_who_does_not_answer(server: Server) -> None:
     assert done.returncode == 1
     assert nobody in done.stderr
     assert "Traceback" not in done.stderr
-    assert json.loads(done.stdout)["protocol_version"] == 2
+    assert json.loads(done.stdout)["protocol_version"] == 3
 
 
 def test_info_shows_versions_and_settings() -> None:
@@ -187,7 +187,7 @@ def test_info_shows_versions_and_settings() -> None:
     rows = dict(cells for line in done.stdout.splitlines() if len(cells := line.strip("│ ").split("│")) == 2)
     found = {name.strip(): value.strip() for name, value in rows.items()}
     assert found["reducer"] == reducer.__version__
-    assert found["protocol"] == "2"
+    assert found["protocol"] == "3"
     assert found["REDUCER_ALGORITHM"] == "ring"
     assert found["REDUCER_CHUNK_BYTES"] == "65536"
     assert found["REDUCER_SERVERS"] == "none (default)"

@@ -51,10 +51,10 @@ def reduce_and_check(seconds: float, counts: list[int]) -> tuple[int, float]:
             work.wait()
         for count, tensor in tensors.items():
             assert torch.equal(tensor, expected[count]), f"{count} elements after {done} rounds"
-        longest = max(longest, time.monotonic() - began)
         done += 1
         going.fill_(1.0 if time.monotonic() < end else 0.0)
         dist.all_reduce(going, op=dist.ReduceOp.MIN)  # all stop at the same round
+        longest = max(longest, time.monotonic() - began)
         if not going.item():
             return done, longest
 
@@ -164,6 +164,24 @@ def test_a_reducer_that_is_started_again_is_taken_in() -> None:
             ranks.call(reduce_and_check, 0.3, [7, 300_000])
         logs = ranks.logs()
     assert logs.count("is back, and takes part again") == 4, logs
+
+
+def test_a_reducer_that_is_not_there_yet_is_waited_for_no_longer_than_a_heartbeat() -> None:
+    with killable_reducers(2) as (processes, addresses):
+        absent = addresses.split(",")[1]
+        processes[1].kill()
+        processes[1].wait()
+        with Ranks(3, steady(addresses)) as ranks:
+            began = time.monotonic()
+            ranks.call(reduce_and_check, 0.2, [7, 300_000])
+            assert time.monotonic() - began < HEARTBEAT_S + 5.0
+            assert ranks.call(servers_taking_part) == [1, 1, 1]
+            processes[1] = start_reducer(listen=absent)
+            ready_address(processes[1])
+            ranks.call(wait_for_servers, 2, 20.0)
+            ranks.call(reduce_and_check, 0.2, [7, 300_000])
+            logs = ranks.logs()
+    assert f"lost the reducer at {absent}" in logs and "did not answer within 1.0 s" in logs, logs
 
 
 def test_a_reducer_that_is_told_to_stop_hands_over_at_once() -> None:
