@@ -4,7 +4,9 @@
 // all have one, it asks them to hold their next collective and to tell its number, and says then
 // from which on the reducer takes part: the largest. So no piece has two owners.
 #include <algorithm>
+#include <cstdio>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "collective/group_state.h"
@@ -49,43 +51,63 @@ void GroupState::onNews(const wire::Frame& frame) {
 
 void GroupState::lookForLost(TimePoint now) {
   if (config_.rank != 0) return;
-  const std::lock_guard lock(mutex_);
-  if (!broken_.ok() || workers_left_ > 0 || epoch_ == 0) return;
-  for (OwnerIndex owner = config_.world_size; owner < standing_.size(); ++owner) {
-    Standing& standing = standing_[owner];
-    if (!standing.lost || standing.link != Standing::Link::kNone || now < standing.retry_at) {
-      continue;
+  std::vector<std::pair<OwnerIndex, std::uint64_t>> opening;
+  std::vector<OwnerIndex> waiting;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!broken_.ok() || workers_left_ > 0 || epoch_ == 0) return;
+    for (OwnerIndex owner = config_.world_size; owner < standing_.size(); ++owner) {
+      Standing& standing = standing_[owner];
+      if (!standing.lost || standing.attempt != 0 || now < standing.retry_at) continue;
+      if (standing.link == Standing::Link::kNone) {
+        standing.link = Standing::Link::kOpening;
+        opening.emplace_back(owner, links_[owner]->rearm());
+      } else if (standing.link == Standing::Link::kOpen) {
+        // Rank 0's reducer was busy with another, or waits for ranks that have not joined yet.
+        standing.retry_at = now + kFirstPatience;
+        waiting.push_back(owner);
+      }
     }
-    standing.link = Standing::Link::kOpening;
-    links_[owner]->reopen();
   }
+  for (const auto& [owner, generation] : opening) links_[owner]->connect(generation);
+  for (const OwnerIndex owner : waiting) tellLeader(wire::FrameKind::kBack, owner, 0, "");
 }
 
 void GroupState::onBack(const wire::Frame& frame) {
   const OwnerIndex owner = frame.owners.front();
   bool connected = false;
+  std::optional<std::uint64_t> opening;
   {
     const std::lock_guard lock(mutex_);
-    if (!broken_.ok() || !isServer(owner) || owner >= standing_.size()) return;
+    if (!broken_.ok() || !losable(owner) || owner >= standing_.size()) return;
     Standing& standing = standing_[owner];
     if (!standing.lost) return;
     standing.attempt = frame.epoch;
     connected = standing.link == Standing::Link::kOpen;
     if (standing.link == Standing::Link::kNone) {
       standing.link = Standing::Link::kOpening;
-      links_[owner]->reopen();
+      opening = links_[owner]->rearm();
     }
   }
+  if (opening) links_[owner]->connect(*opening);
   if (connected) tellLeader(wire::FrameKind::kBack, owner, frame.epoch, "");
 }
 
 void GroupState::onWelcome(OwnerIndex owner) {
+  if (!losable(owner)) return;
+  local_.absentees().remove(addressOf(owner));
   std::uint32_t attempt = 0;
   {
     const std::lock_guard lock(mutex_);
-    if (!losable(owner) || !standing_[owner].lost) return;
-    standing_[owner].link = Standing::Link::kOpen;
-    attempt = standing_[owner].attempt;
+    Standing& standing = standing_[owner];
+    // (It may have been left while its welcome came.)
+    if (!standing.lost || standing.link != Standing::Link::kOpening ||
+        !links_[owner]->connected()) {
+      return;
+    }
+    standing.link = Standing::Link::kOpen;
+    standing.retry_at = transport_.now() + kFirstPatience;
+    attempt = standing.attempt;
   }
   if (attempt == 0 && config_.rank != 0) return;
   tellLeader(wire::FrameKind::kBack, owner, attempt, "");
@@ -93,13 +115,28 @@ void GroupState::onWelcome(OwnerIndex owner) {
 
 void GroupState::comebackFailed(OwnerIndex owner, const Status& reason) {
   std::uint32_t attempt = 0;
+  bool tells = false;
+  bool member = false;
   {
     const std::lock_guard lock(mutex_);
+    if (!links_[owner]->closed()) return;  // it was opened once more meanwhile
     Standing& standing = standing_[owner];
+    member = !standing.lost;
     standing.link = Standing::Link::kNone;
     standing.retry_at = transport_.now() + standing.patience;
     standing.patience = std::min(2 * standing.patience, kLastPatience);
     attempt = standing.attempt;
+    // That nobody answers is usual; that somebody answers with an error, somebody should know.
+    const bool refused = !reason.ok() && reason.code() != Code::kUnavailable;
+    tells = refused && config_.rank == 0 && config_.settings.warns &&
+            !std::exchange(standing.told, true);
+  }
+  if (member) return reportLost(owner, reason);
+  if (tells) {
+    std::fprintf(stderr,
+                 "reducer: warning: group '%s': %s, which was lost, is there and does not take the "
+                 "group in again: %s\n",
+                 config_.name.c_str(), links_[owner]->name().c_str(), reason.message().c_str());
   }
   if (attempt != 0) tellLeader(wire::FrameKind::kLost, owner, 0, reason.message());
 }
@@ -166,13 +203,18 @@ void GroupState::endHold(Change& change) {
   holding_ = false;
   std::vector<OwnerIndex> owners;
   for (Queued& queued : held_) {
-    std::erase_if(queued, [](const auto& entry) { return entry.second.operation->finished(); });
-    if (queued.empty()) continue;
-    const std::shared_ptr<Operation> operation = queued.front().second.operation;
-    Status status = enqueue(std::move(queued), owners);
+    Queued live;
+    for (auto& entry : queued) {
+      (entry.second.operation->finished() ? change.rest : live).push_back(std::move(entry));
+    }
+    if (live.empty()) continue;
+    // It may be done as soon as its pieces are queued, and must not end under the lock.
+    const std::shared_ptr<Operation>& operation =
+        change.started.emplace_back(live.front().second.operation);
+    Status status = enqueue(std::move(live), owners);
     if (!status.ok()) change.orphans.emplace_back(operation, std::move(status));
   }
-  change.held.swap(held_);
+  held_.clear();
 }
 
 }  // namespace reducer::collective

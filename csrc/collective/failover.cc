@@ -128,8 +128,11 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
     if (owner == 0) {
       for (OwnerIndex other = 0; other < links_.size(); ++other) {
         // Nobody will decide any more.
-        if (losable(other) && links_[other]->isDown()) return abortUndecided(other, "it was lost");
+        if (losable(other) && links_[other]->isDown() && !isAway(other)) {
+          return abortUndecided(other, "it was lost");
+        }
       }
+      releaseHold();
     }
     if (worker) {
       const std::lock_guard lock(mutex_);
@@ -159,12 +162,25 @@ void GroupState::onLinkDown(OwnerIndex owner, const Status& reason) {
 }
 
 bool GroupState::anyReachable() {
+  const std::lock_guard lock(mutex_);
+  if (finished_.next > 0) return true;
+  for (OwnerIndex owner = config_.world_size; owner < links_.size(); ++owner) {
+    if (links_[owner]->wasConnected() || local_.absentees().contains(addressOf(owner))) return true;
+    if (!links_[owner]->isDown() && !standing_[owner].lost) return true;
+  }
+  return false;
+}
+
+// Nobody will end it any more.
+void GroupState::releaseHold() {
+  Change change;  // is let go at the end, without the lock
   {
     const std::lock_guard lock(mutex_);
-    if (finished_.next > 0 || epoch_ > 0) return true;
+    if (!holding_) return;
+    endHold(change);
   }
-  return std::any_of(links_.begin() + config_.world_size, links_.end(),
-                     [](const auto& link) { return link->wasConnected() || !link->isDown(); });
+  for (const auto& [operation, why_not] : change.orphans) fail(operation, why_not);
+  for (const auto& link : links_) link->pump(std::numeric_limits<std::size_t>::max());
 }
 
 // What a rank's news say: all that are lost. Who was lost and is no more takes part again.
@@ -182,7 +198,7 @@ void GroupState::onEpoch(const wire::Frame& frame) {
                       transport_.now()};
       return;
     }
-    if (frame.epoch < epoch_) return;
+    if (frame.epoch < epoch_ || !failsOver()) return;
     adoptMembers(frame, change);
   }
   if (config_.rank == 0 && config_.settings.warns) warn(change, frame.text);
@@ -209,6 +225,7 @@ void GroupState::adoptMembers(const wire::Frame& frame, Change& change) {
       standing.lost = true;
       standing.link = Standing::Link::kNone;
       standing.patience = kFirstPatience;
+      standing.told = false;
       standing.retry_at = now + standing.patience;
     } else if (!lost && standing.lost) {
       change.back.push_back(owner);

@@ -132,6 +132,7 @@ class GroupState final : public LinkEvents,
     Link link = Link::kNone;
     std::uint32_t attempt = 0;  // of rank 0's reducer, to take it in again; 0: none
     TimePoint retry_at;         // rank 0 looks for it
+    bool told = false;          // that it refuses the group
     Duration patience{};
   };
   /// What a change of owners leaves to be done without the lock.
@@ -143,7 +144,8 @@ class GroupState final : public LinkEvents,
     std::vector<Link::Taken> taken;
     /// What cannot go on, and why.
     std::vector<std::pair<std::shared_ptr<Operation>, Status>> orphans;
-    std::vector<Queued> held;
+    std::vector<std::shared_ptr<Operation>> started;  // that were held
+    Queued rest;                                      // of those that are over
   };
   static constexpr Duration kFirstPatience = std::chrono::milliseconds(500);
 
@@ -185,6 +187,7 @@ class GroupState final : public LinkEvents,
   /// in their addresses.
   bool anyReachable();
   void pumpHeirs();
+  void releaseHold();
   void reportLost(OwnerIndex owner, const Status& reason);
   void abortUndecided(OwnerIndex owner, const std::string& why);
   void onEpoch(const wire::Frame& frame);

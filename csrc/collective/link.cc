@@ -26,9 +26,7 @@ class Link::Ear final : public transport::Handler {
   void onFrame(wire::Frame frame, Payload payload) override {
     if (link_->isCurrent(generation_)) link_->onFrame(std::move(frame), std::move(payload));
   }
-  void onClosed(const Status& reason) override {
-    if (link_->isCurrent(generation_)) link_->onClosed(reason);
-  }
+  void onClosed(const Status& reason) override { link_->onClosed(generation_, reason); }
 
  private:
   const std::shared_ptr<Link> link_;
@@ -41,11 +39,10 @@ void Link::open() {
     if (opened_ || closing_) return;
     opened_ = true;
   }
-  connect();
+  connect(generation_);
 }
 
-void Link::connect() {
-  const std::uint64_t generation = generation_;
+void Link::connect(std::uint64_t generation) {
   std::shared_ptr<transport::Connection> connection =
       config_.connect(std::make_shared<Ear>(shared_from_this(), generation));
   wire::Frame hello;
@@ -466,12 +463,13 @@ bool Link::closed() {
   return closed_;
 }
 
-void Link::onClosed(const Status& reason) {
+void Link::onClosed(std::uint64_t generation, const Status& reason) {
   Status why = reason;
   std::shared_ptr<transport::Connection> connection;
   bool expected = false;
   {
     const std::lock_guard lock(mutex_);
+    if (!isCurrent(generation)) return;
     if (!fatal_.ok()) why = fatal_;
     down_ = why;
     closed_ = true;

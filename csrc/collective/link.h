@@ -62,9 +62,11 @@ class Link final : public std::enable_shared_from_this<Link> {
 
   /// Connects and says hello, if that has not been done.
   void open();
-  /// The same, once more: to an owner that was left (takeAway()), or that is gone. Nothing that
-  /// still comes by the earlier connection counts.
-  void reopen();
+  /// Forgets an owner that was left (takeAway()), or that is gone, with its connection: nothing
+  /// that still comes by it counts. connect() with the number that this returns opens it anew.
+  std::uint64_t rearm();
+  /// Nothing happens if the link was rearmed or left since.
+  void connect(std::uint64_t generation);
 
   /// To be called several times in a heartbeat. Says that this end lives, and ends the connection
   /// if the other has been silent for too long.
@@ -135,11 +137,10 @@ class Link final : public std::enable_shared_from_this<Link> {
  private:
   class Ear;
 
-  void connect();
   /// False for one of an earlier connection.
   bool isCurrent(std::uint64_t generation) const { return generation == generation_; }
   void onFrame(wire::Frame frame, Payload payload);
-  void onClosed(const Status& reason);
+  void onClosed(std::uint64_t generation, const Status& reason);
   struct SlotHash {
     std::size_t operator()(const wire::SlotId& id) const noexcept {
       return (id.lane * 31 + id.seq) * 1'000'003 + id.chunk;

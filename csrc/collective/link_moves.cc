@@ -152,6 +152,7 @@ void Link::onResend(const wire::SlotId& slot) {
 void Link::enterEpoch(std::uint32_t epoch) {
   const std::lock_guard lock(mutex_);
   epoch_ = epoch;
+  settles_ = true;  // there is nothing to move here
 }
 
 bool Link::tell(wire::Frame frame) {
@@ -161,16 +162,13 @@ bool Link::tell(wire::Frame frame) {
   return true;
 }
 
-void Link::reopen() {
-  {
-    const std::lock_guard lock(mutex_);
-    REDUCER_CHECK((closing_ || closed_) && !connection_);
-    ++generation_;
-    opened_ = true;
-    closing_ = closed_ = welcome_ = false;
-    down_ = fatal_ = {};
-  }
-  connect();
+std::uint64_t Link::rearm() {
+  const std::lock_guard lock(mutex_);
+  REDUCER_CHECK((closing_ || closed_) && !connection_);
+  opened_ = true;
+  closing_ = closed_ = welcome_ = false;
+  down_ = fatal_ = {};
+  return ++generation_;
 }
 
 }  // namespace reducer::collective

@@ -71,6 +71,7 @@ void ServerState::tellLost(const std::shared_ptr<Session>& session, const wire::
 // ------------------------------------------------------------------ losses
 
 void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
+  if (!hello.failover) return;
   {
     const std::lock_guard lock(registry_mutex);
     const auto found = groups.find(hello.job);
@@ -107,7 +108,17 @@ engine::Joined ServerState::joined(const std::string& job, Rank rank) const {
   return joined;
 }
 
+void ServerState::loseConnection(GroupRecord& record, const wire::Hello& hello, const Status& why) {
+  record.closing = true;
+  // (Of one that was thrown out the engine tells the others.)
+  if (why.code() != Code::kUnavailable || record.evict_at != TimePoint::max()) return;
+  record.evict_at = transport.now() + options.evict_after;
+  record.evict_why = "rank " + std::to_string(hello.rank) + " (" + hello.host + ") was lost (" +
+                     why.message() + "), or has lost this reducer";
+}
+
 void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
+  if (options.standalone) return;
   const engine::Joined last = joined(hello.job, hello.rank);
   {
     const std::lock_guard lock(registry_mutex);
@@ -115,14 +126,6 @@ void ServerState::loseWorker(const wire::Hello& hello, const Status& why) {
     if (found == groups.end()) return;
     GroupRecord& record = found->second;
     const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
-    if (options.standalone) {
-      if (why.code() != Code::kUnavailable)
-        return;  // it was thrown out: the engine tells the others
-      if (record.evict_at != TimePoint::max()) return;
-      record.evict_at = transport.now() + options.evict_after;
-      record.evict_why = who + " was lost (" + why.message() + "), or has lost this reducer";
-      return;
-    }
     if (!record.leads) return;  // who has a connection to it notices; rank 0 tells the others
     wire::Frame frame;
     frame.kind = wire::FrameKind::kEpoch;
@@ -168,6 +171,7 @@ void ServerState::handOver() {
 // ------------------------------------------------------------------ returns
 
 void ServerState::back(const wire::Hello& hello, const wire::Frame& frame) {
+  if (!hello.failover || (frame.epoch == 0 && hello.rank != 0)) return;
   {
     const std::lock_guard lock(registry_mutex);
     const auto found = groups.find(hello.job);

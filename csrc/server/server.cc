@@ -138,7 +138,7 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
       // Rank 0 has left: how the others go is none of its business.
       if (session->in_process) found->second.leads = false;
       if (why.ok()) found->second.complete = false;
-      if (options.standalone && !why.ok()) found->second.closing = true;
+      if (options.standalone && !why.ok()) loseConnection(found->second, hello, why);
       if (found->second.ranks.empty()) {
         reserved_bytes -= found->second.reserved_bytes;
         groups.erase(found);

@@ -22,7 +22,7 @@ constexpr std::uint64_t kAgainWindows = 16;
 
 // What moves here when an owner is lost goes ahead of what is under way, a window for each loss.
 // (Nobody has that many to lose.)
-constexpr std::uint32_t kEpochsMax = 1024;
+constexpr std::uint32_t kEpochsMax = 64;
 
 }  // namespace
 
@@ -104,6 +104,7 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
                                                 std::to_string(hello_.window_bytes) +
                                                 " that it announced");
   }
+  if (Status status = checkMemory(payload); !status.ok()) return status;
   if (++outstanding_frames_ > kOutstandingFramesMax && state_->options.standalone) {
     return Status(
         Code::kResourceExhausted,
@@ -113,7 +114,9 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
 }
 
 std::uint64_t Session::windows() const {
-  return 1 + std::min(epoch_.load() - calm_epoch_.load(), kEpochsMax);
+  const std::uint32_t epoch = epoch_;
+  const std::uint32_t calm = calm_epoch_;
+  return 1 + std::min(epoch > calm ? epoch - calm : 0, kEpochsMax);
 }
 
 // A worker keeps no more than two windows of what an owner answered, whose window may be larger
@@ -130,7 +133,20 @@ Status Session::again(const wire::Frame& frame, Payload payload) {
                       " chunks of " + std::to_string(nbytes) +
                       " bytes again, more than lost reducers can have answered");
   }
+  if (Status status = checkMemory(payload); !status.ok()) return status;
   return state_->push(shared_from_this(), frame, std::move(payload));
+}
+
+// What is allowed beyond the promise, where reducers were lost, is not allowed beyond the limit.
+Status Session::checkMemory(const Payload& payload) const {
+  const ServerOptions& options = state_->options;
+  if (!options.standalone || epoch_ == 0 ||
+      state_->held_bytes + payload.nbytes() <= options.memory_limit_bytes) {
+    return {};
+  }
+  return Status(Code::kResourceExhausted, "the reducer " + options.host +
+                                              " holds all that its memory limit allows, after a "
+                                              "loss of others; raise --memory-limit");
 }
 
 std::int64_t Session::windowed(const wire::Frame& frame) const {
@@ -216,6 +232,7 @@ bool Session::isDamaged(const wire::Frame& frame, const Payload& payload) {
 // What comes behind a damaged push waits until that has come whole: a worker's word that it has
 // moved all its pieces says something of those before it only.
 Status Session::holdBack(const wire::Frame& frame, Payload payload) {
+  if (job().empty()) return Status(Code::kInvalidArgument, "a chunk before the hello");
   const bool damaged = isDamaged(frame, payload);
   const auto missing = findMissing(frame.slot, frame.again);
   if (damaged) {
@@ -234,7 +251,7 @@ Status Session::holdBack(const wire::Frame& frame, Payload payload) {
     return {};
   }
   damaged_in_row_ = 0;
-  backlog_bytes_ += payload.nbytes();
+  backlog_bytes_ += payload.nbytes() + frame.text.size() + sizeof(Held);
   if (frame.kind == wire::FrameKind::kPush && missing != backlog_.end()) {
     *missing = {frame, std::move(payload), /*missing=*/false};
     return workOff();
@@ -261,7 +278,7 @@ Status Session::workOff() {
   while (!backlog_.empty() && !backlog_.front().missing) {
     Held held = std::move(backlog_.front());
     backlog_.pop_front();
-    backlog_bytes_ -= held.payload.nbytes();
+    backlog_bytes_ -= held.payload.nbytes() + held.frame.text.size() + sizeof(Held);
     if (Status status = handle(held.frame, std::move(held.payload)); !status.ok()) return status;
   }
   return {};

@@ -87,7 +87,10 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   void back(const wire::Hello& hello, const wire::Frame& frame);
   /// A worker holds its next operation.
   void held(const wire::Hello& hello, const wire::Frame& frame);
-  /// A worker is lost: the others of its group are told, or have to leave this reducer.
+  /// Standalone: a worker's connection broke, and the others of its group have to leave, too.
+  /// Called with the registry's lock held.
+  void loseConnection(GroupRecord& record, const wire::Hello& hello, const Status& why);
+  /// Rank 0's: a worker is lost, and the others of its group are told.
   void loseWorker(const wire::Hello& hello, const Status& why);
   engine::Joined joined(const std::string& job, Rank rank) const;
   void evict(TimePoint now);
@@ -200,7 +203,9 @@ class Session final : public transport::Handler,
   Status onMembership(const wire::Frame& frame);
   Status push(const wire::Frame& frame, Payload payload);
   Status again(const wire::Frame& frame, Payload payload);
-  /// Windows that the worker may have outstanding: one more for each lost owner.
+  Status checkMemory(const Payload& payload) const;
+  /// Windows that the worker may have outstanding: one more for each change of owners that it has
+  /// not got over.
   std::uint64_t windows() const;
   Status hello(const wire::Hello& hello);
   /// Bytes of the frame that count against the worker's window.

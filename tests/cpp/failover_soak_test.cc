@@ -130,7 +130,12 @@ class Storm {
     for (; next_ < events_.size(); ++next_) {
       if (events_[next_].kind != kKill && events_[next_].kind != kDrain) happen(next_);
     }
-    cluster_->network().runUntil([] { return false; }, std::chrono::seconds(5));
+    const auto there = static_cast<std::uint64_t>(std::count(alive_.begin(), alive_.end(), 1));
+    const bool back = cluster_->network().runUntil(
+        [&] { return cluster_->group(0).counters().servers == there; }, std::chrono::seconds(30));
+    ASSERT_TRUE(back) << there << " reducers are there, and "
+                      << cluster_->group(0).counters().servers << " take part";
+    cluster_->network().runUntil([] { return false; }, std::chrono::seconds(2));
     for (const auto& local : cluster_->locals()) {
       tally_.damaged += local->stats().damaged;
       ASSERT_EQ(local->stats().slots_open, 0U) << "a slot leaks at " << local->address();
@@ -194,7 +199,8 @@ class Storm {
     const std::string worker = "worker" + std::to_string(event.worker);
     char& alive = alive_[static_cast<std::size_t>(event.server)];
     transport::SimNetwork& network = cluster_->network();
-    if ((event.kind == kRestart) == (alive != 0)) return;  // another fault came between
+    const bool any = event.kind == kMend || event.kind == kSwift;  // of a host that is gone, too
+    if (!any && (event.kind == kRestart) == (alive != 0)) return;  // another fault came between
     ++tally_.faults[event.kind];
     switch (event.kind) {
       case kKill:
@@ -228,6 +234,7 @@ class Storm {
         break;
       default:
         cluster_->reducers()[static_cast<std::size_t>(event.server)]->drain();
+        alive = 2;  // and takes nobody in
     }
   }
 

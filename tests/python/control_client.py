@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 WAIT_S = 30.0
 HELLO, WELCOME, PUSH, RESULT, ERROR, CANCEL, BYE = range(1, 8)
+RESEND = 17
 PROTOCOL_VERSION = 3
 WINDOW_BYTES = 1 << 20
 

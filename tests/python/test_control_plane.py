@@ -11,7 +11,19 @@ from typing import Any
 
 import grpc
 import pytest
-from control_client import BYE, ERROR, PROTOCOL_VERSION, RESULT, WAIT_S, WINDOW_BYTES, Client, Exchange, crc32c, floats
+from control_client import (
+    BYE,
+    ERROR,
+    PROTOCOL_VERSION,
+    RESEND,
+    RESULT,
+    WAIT_S,
+    WINDOW_BYTES,
+    Client,
+    Exchange,
+    crc32c,
+    floats,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import Server, serving, started
 
@@ -219,13 +231,39 @@ def test_checksums_are_verified_and_given_back(open_stream: Callable[[], Exchang
     assert result.checksum == crc32c(payload)
 
 
-def test_a_push_with_a_wrong_checksum_is_refused(client: Client, open_stream: Callable[[], Exchange]) -> None:
+def test_a_push_with_a_wrong_checksum_is_asked_for_again(client: Client, open_stream: Callable[[], Exchange]) -> None:
+    partner, damaged = open_stream(), open_stream()
+    partner.join(rank=0, world_size=2)
+    damaged.join(rank=1, world_size=2)
+    good, bad = struct.pack("<2f", 10.0, 20.0), struct.pack("<2f", 10.0, 21.0)
+    partner.push([1.0, 2.0])
+    partner.push([1.0, 2.0], seq=1)
+    damaged.push([10.0, 20.0], checksum=crc32c(bad))
+    damaged.push([10.0, 20.0], seq=1, checksum=crc32c(good))  # waits for the one before it
+    asked = damaged.receive()
+    assert (asked.kind, asked.seq) == (RESEND, 0)
+    damaged.push([10.0, 20.0], checksum=crc32c(good))
+    for seq in (0, 1):
+        result = damaged.receive()
+        assert (result.kind, result.seq, result.payload) == (RESULT, seq, struct.pack("<2f", 11.0, 22.0))
+        damaged.send(kind=RESEND, seq=seq)  # as if it had come damaged
+        assert damaged.receive() == result
+        assert partner.receive().payload == result.payload
+    assert client.stats().damaged == 3
+    damaged.send(kind=RESEND, seq=7)
+    assert "asks for a result that it was not given" in damaged.receive().text
+
+
+def test_a_push_whose_checksum_is_always_wrong_is_refused(client: Client, open_stream: Callable[[], Exchange]) -> None:
     other, partner, damaged = open_stream(), open_stream(), open_stream()
     other.join(job=OTHER_JOB)
     partner.join(rank=0, world_size=2)
     damaged.join(rank=1, world_size=2)
     partner.push([1.0, 2.0])
-    damaged.push([10.0, 20.0], checksum=crc32c(struct.pack("<2f", 10.0, 21.0)))
+    for _ in range(17):
+        damaged.push([10.0, 20.0], checksum=crc32c(struct.pack("<2f", 10.0, 21.0)))
+    for _ in range(16):
+        assert damaged.receive().kind == RESEND
     reply = damaged.receive()
     assert (reply.kind, reply.fatal, reply.code) == (ERROR, True, INTERNAL)
     assert "a chunk of rank 1 (test-host:1) arrived at " in reply.text
