@@ -243,12 +243,12 @@ def test_a_push_with_a_wrong_checksum_is_asked_for_again(client: Client, open_st
     asked = damaged.receive()
     assert (asked.kind, asked.seq) == (RESEND, 0)
     damaged.push([10.0, 20.0], checksum=crc32c(good))
-    for seq in (0, 1):
-        result = damaged.receive()
+    results = [damaged.receive() for _ in range(2)]
+    for seq, result in enumerate(results):
         assert (result.kind, result.seq, result.payload) == (RESULT, seq, struct.pack("<2f", 11.0, 22.0))
+        assert partner.receive().payload == result.payload
         damaged.send(kind=RESEND, seq=seq)  # as if it had come damaged
         assert damaged.receive() == result
-        assert partner.receive().payload == result.payload
     assert client.stats().damaged == 3
     damaged.send(kind=RESEND, seq=7)
     assert "asks for a result that it was not given" in damaged.receive().text
