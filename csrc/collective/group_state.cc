@@ -126,6 +126,7 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
     link.window_bytes = std::max(link.window_bytes, 2 * routes_.chunkBytesMax());
   }
   link.checksum = config_.settings.checksum;
+  link.connect_timeout = config_.settings.connect_timeout;
   link.failover = failsOver();
   link.losable = losable(owner);
   link.hello.version = kProtocolVersion;

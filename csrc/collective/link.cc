@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "engine/describe.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
@@ -12,6 +13,9 @@ namespace {
 
 // Pieces under way per lane, however small: bounds the owner's slots.
 constexpr std::size_t kAwaitedMax = 1024;
+
+// After a hello, or, where the owner was there before, after the first attempt to reach it.
+constexpr Duration kWelcomeWithin = std::chrono::seconds(10);
 
 }  // namespace
 
@@ -59,18 +63,29 @@ void Link::connect(std::uint64_t generation) {
 }
 
 void Link::beat(TimePoint now) {
+  if (config_.in_process) return;
   const Duration heartbeat = std::chrono::milliseconds(config_.hello.heartbeat_ms);
-  if (config_.in_process || heartbeat == Duration::zero()) return;
   std::shared_ptr<transport::Connection> connection;
-  transport::Pulse::Verdict verdict;
+  auto verdict = transport::Pulse::Verdict::kNothing;
+  Status why = transport::Pulse::silence(heartbeat);
   {
     const std::lock_guard lock(mutex_);
-    if (!welcome_ || closing_ || closed_ || !connection_) return;
+    if (closing_ || closed_ || !connection_) return;
     connection = connection_;
-    verdict = pulse_.feel(now, heartbeat);
+    if (welcome_ && heartbeat > Duration::zero()) {
+      verdict = pulse_.feel(now, heartbeat);
+    } else if (!welcome_) {
+      if (waiting_since_ == TimePoint()) waiting_since_ = now;
+      const Duration patience =
+          kWelcomeWithin + (generation_ == 0 ? config_.connect_timeout : Duration::zero());
+      if (now - waiting_since_ < patience) return;
+      verdict = transport::Pulse::Verdict::kSilent;
+      why = Status(Code::kUnavailable,
+                   "it did not take this rank in within " + engine::seconds(patience));
+    }
   }
   if (verdict == transport::Pulse::Verdict::kSilent) {
-    connection->close(transport::Pulse::silence(heartbeat), /*flush=*/false);
+    connection->close(why, /*flush=*/false);
   } else if (verdict == transport::Pulse::Verdict::kSpeak) {
     wire::Frame frame;
     frame.kind = wire::FrameKind::kBeat;

@@ -50,6 +50,7 @@ class Link final : public std::enable_shared_from_this<Link> {
     std::size_t window_bytes = 0;  ///< of collectives; send and recv have as much per pair and tag
     bool in_process = false;       ///< pulling costs nothing there: only pushes count
     bool checksum = false;
+    Duration connect_timeout{};
     bool failover = false;  ///< pieces may move to or from this owner
     bool losable = false;   ///< a standalone reducer: what it answers is kept until all have it
     wire::Hello hello;
@@ -199,6 +200,7 @@ class Link final : public std::enable_shared_from_this<Link> {
   bool ever_welcome_ = false;
   bool closing_ = false;
   transport::Pulse pulse_;
+  TimePoint waiting_since_;  // for the welcome
   bool closed_ = false;
   Status down_;                            // why it is closed
   Status fatal_;                           // the owner's last words

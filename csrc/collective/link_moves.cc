@@ -168,6 +168,7 @@ std::uint64_t Link::rearm() {
   opened_ = true;
   closing_ = closed_ = welcome_ = false;
   down_ = fatal_ = {};
+  waiting_since_ = {};
   return ++generation_;
 }
 

@@ -180,7 +180,7 @@ void ServerState::back(const wire::Hello& hello, const wire::Frame& frame) {
     const bool whole =
         record.complete && record.ranks.size() == static_cast<std::size_t>(record.world_size);
     const std::uint32_t owner = frame.owners.front();
-    std::optional<Return>& returning = record.returning;
+    std::optional<Comeback>& returning = record.returning;
     if (frame.epoch == 0) {
       const bool lost = std::binary_search(record.lost.begin(), record.lost.end(), owner);
       if (!lost || !whole || returning) return;  // rank 0 asks again after the next change
@@ -213,7 +213,7 @@ void ServerState::held(const wire::Hello& hello, const wire::Frame& frame) {
     const auto found = groups.find(hello.job);
     if (found == groups.end()) return;
     GroupRecord& record = found->second;
-    std::optional<Return>& returning = record.returning;
+    std::optional<Comeback>& returning = record.returning;
     if (!returning || !returning->holding || returning->attempt != frame.epoch) return;
     const std::uint64_t seq = frame.slot.seq;
     const bool beyond =

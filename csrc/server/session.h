@@ -22,6 +22,17 @@ namespace reducer::server {
 
 class Session;
 
+/// An attempt to take a lost owner in again: all workers are to have a connection to it, then all
+/// are to hold their next operation.
+struct Comeback {
+  std::uint32_t owner = 0;
+  std::uint32_t attempt = 0;
+  bool holding = false;
+  std::set<Rank> said;          // of the step
+  std::uint64_t first_seq = 0;  // the largest of those held
+  TimePoint deadline;
+};
+
 /// What all sessions of a reducer share. The slot table is split in shards, each with its own lock;
 /// the group registry's lock is taken at hello and goodbye only.
 struct ServerState : std::enable_shared_from_this<ServerState> {
@@ -29,16 +40,6 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     explicit Shard(bool judges) : engine(judges) {}
     std::mutex mutex;
     engine::Engine engine;
-  };
-  /// An attempt to take a lost owner in again: all workers are to have a connection to it, then all
-  /// are to hold their next operation.
-  struct Return {
-    std::uint32_t owner = 0;
-    std::uint32_t attempt = 0;
-    bool holding = false;
-    std::set<Rank> said;          // of the step
-    std::uint64_t first_seq = 0;  // the largest of those held
-    TimePoint deadline;
   };
   struct GroupRecord {
     std::string name;
@@ -55,7 +56,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::vector<std::uint32_t> lost;              // owners, rising
     std::uint32_t epoch = 0;                      // changes of `lost`
     std::string why_lost;                         // the latest
-    std::optional<Return> returning;
+    std::optional<Comeback> returning;
     std::uint32_t attempts = 0;
     bool complete = true;  // nobody has left
     // Standalone:

@@ -79,9 +79,10 @@ class Caller {
  public:
   Caller(collective::Group& group, std::size_t count) : group_(group), count_(count) {}
 
-  void run(std::size_t calls) {
+  void run(std::size_t calls, Duration pace = {}) {
     const auto n = static_cast<float>(group_.worldSize());
     for (std::size_t i = 0; i < calls && failure_.empty(); ++i) {
+      if (pace > Duration::zero()) std::this_thread::sleep_for(pace);
       const auto data = std::make_shared<std::vector<float>>(
           i % 3 == 0 ? 10 : count_, static_cast<float>(group_.rank() + static_cast<Rank>(i)));
       std::promise<Status> ended;
@@ -142,6 +143,42 @@ TEST(FailoverThreads, WithRanksThatShareHostsAndWithout) {
       for (Rank r = 0; r < workers; ++r) EXPECT_EQ(callers[r]->failure(), "") << "rank " << r;
     }
   }
+}
+
+TEST(FailoverThreads, ReducersGoAndComeBackWhileRanksCall) {
+  std::mt19937 random(5);
+  ClusterOptions options = clusterOf(Algorithm::kServer, 3, 3, 1);
+  options.sim.threads = 3;
+  options.settings.heartbeat = std::chrono::milliseconds(500);
+  options.settings.connect_timeout = std::chrono::seconds(20);
+  SimCluster cluster(options);
+  std::vector<std::unique_ptr<Caller>> callers;
+  std::vector<std::thread> threads;
+  for (Rank r = 0; r < 3; ++r) {
+    callers.push_back(std::make_unique<Caller>(cluster.group(r), 20'000));
+    threads.emplace_back(
+        [caller = callers.back().get()] { caller->run(800, std::chrono::milliseconds(4)); });
+  }
+  const auto pause = [&](std::uint32_t milliseconds) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(random() % milliseconds));
+  };
+  for (int round = 0; round < 6; ++round) {
+    const int server = round % 3;
+    pause(150);
+    cluster.network().kill("server" + std::to_string(server));
+    pause(300);
+    cluster.restart(server);
+    pause(900);
+    cluster.network().sever("worker" + std::to_string(random() % 3),
+                            "server" + std::to_string(random() % 3));
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (Rank r = 0; r < 3; ++r) EXPECT_EQ(callers[r]->failure(), "") << "rank " << r;
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (cluster.group(0).counters().servers < 3 && std::chrono::steady_clock::now() < until) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  EXPECT_EQ(cluster.group(0).counters().servers, 3U);
 }
 
 }  // namespace

@@ -280,11 +280,14 @@ void World::resume(const std::string& name) {
   }
 }
 
-World::EndpointList World::between(const std::shared_ptr<Host>& one,
-                                   const std::shared_ptr<Host>& other) const {
+World::EndpointList World::between(const std::string& one, const std::string& other) const {
   EndpointList all;
-  for (const auto& [id, endpoint] : one->endpoints) {
-    if (endpoint->peer && endpoint->peer->host == other) all.push_back(endpoint);
+  for (const auto& [own, others] : {std::pair(one, other), std::pair(other, one)}) {
+    const std::shared_ptr<Host> host = findHost(own);
+    if (!host) continue;
+    for (const auto& [id, endpoint] : host->endpoints) {
+      if (endpoint->peer && endpoint->peer->host->name == others) all.push_back(endpoint);
+    }
   }
   return all;
 }
@@ -293,9 +296,7 @@ void World::sever(const std::string& one, const std::string& other) {
   EndpointList broken;
   {
     const Held held(*this);
-    const std::shared_ptr<Host> hosts[] = {findHost(one), findHost(other)};
-    if (!hosts[0] || !hosts[1]) return;
-    broken = between(hosts[0], hosts[1]);
+    broken = between(one, other);
   }
   for (const auto& endpoint : broken) {
     close(endpoint, Status(Code::kUnavailable, "connection reset"), /*flush=*/false);
@@ -310,12 +311,8 @@ void World::cut(const std::string& one, const std::string& other) {
 void World::mend(const std::string& one, const std::string& other) {
   const Held held(*this);
   cuts_.erase(std::minmax(one, other));
-  const std::shared_ptr<Host> hosts[] = {findHost(one), findHost(other)};
-  if (!hosts[0] || !hosts[1]) return;
-  for (const int side : {0, 1}) {
-    for (const auto& endpoint : between(hosts[side], hosts[1 - side])) {
-      if (!isHeld(*endpoint)) retime(endpoint);
-    }
+  for (const auto& endpoint : between(one, other)) {
+    if (!isHeld(*endpoint)) retime(endpoint);
   }
 }
 

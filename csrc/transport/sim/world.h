@@ -209,8 +209,8 @@ class World : public std::enable_shared_from_this<World> {
   std::shared_ptr<Endpoint> makeEndpoint(const std::shared_ptr<Host>& host);
   bool isHeld(const Endpoint& endpoint) const;
   bool areApart(const Host& one, const Host& other) const;
-  /// Endpoints whose hosts are these two.
-  EndpointList between(const std::shared_ptr<Host>& one, const std::shared_ptr<Host>& other) const;
+  /// Endpoints of each that have their other end, or had it, at the other.
+  EndpointList between(const std::string& one, const std::string& other) const;
   bool arrive(Held& held, const std::shared_ptr<Endpoint>& to, TimePoint at);
   bool attempt(Held& held, const std::shared_ptr<Endpoint>& from);
   void establish(Held& held, const std::shared_ptr<Endpoint>& from,
