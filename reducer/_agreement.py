@@ -144,7 +144,7 @@ class _Meeting:
                 rank, number = int(message["rank"]), int(message["round"])
                 view = Outside(frozenset(map(int, message["dead"])), frozenset(map(int, message["silent"])))
                 decided = bool(message["decided"])
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue
             if rank in self._view.all or rank in self._found.all or rank not in self._others:
                 continue

@@ -95,7 +95,7 @@ class Door:
         try:
             message = json.loads(line)
             topic = message["topic"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
         if not isinstance(topic, str):
             return False

@@ -17,6 +17,9 @@ constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
 // Of a host in two levels (4 of 1 MiB).
 constexpr std::uint64_t kSegmentsUnderWay = 4 << 20;
 
+// Results that are kept for the case that they come damaged. A worker has 1,024 in a lane.
+constexpr std::size_t kAnsweredMax = 4096;
+
 // What may come again, in windows of this reducer.
 constexpr std::uint64_t kAgainWindows = 16;
 
@@ -196,7 +199,7 @@ void Session::answer(const wire::Frame& frame, Payload payload) {
   if (frame.kind == wire::FrameKind::kResult || frame.kind == wire::FrameKind::kError) {
     --outstanding_frames_;
   }
-  if (frame.has_checksum && frame.kind == wire::FrameKind::kResult && !in_process) {
+  if (frame.has_checksum && payload.nbytes() > 0 && !in_process) {
     remember(frame, payload);
   }
   deliver(frame, std::move(payload));
@@ -299,7 +302,8 @@ void Session::remember(const wire::Frame& frame, const Payload& payload) {
   const std::lock_guard lock(answered_mutex_);
   answered_.push_back({frame, std::move(kept)});
   answered_bytes_ += payload.nbytes();
-  while (answered_.size() > 1 && answered_bytes_ > 2 * hello_.window_bytes * windows()) {
+  while (answered_.size() > kAnsweredMax ||
+         (answered_.size() > 1 && answered_bytes_ > 2 * hello_.window_bytes * windows())) {
     answered_bytes_ -= answered_.front().payload.nbytes();
     dropped.push_back(std::move(answered_.front()));
     answered_.pop_front();

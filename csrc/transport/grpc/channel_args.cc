@@ -56,13 +56,13 @@ constexpr std::pair<const char*, int> kServerArguments[] = {
 grpc::ChannelArguments clientArguments() {
   grpc::ChannelArguments arguments;
   for (const auto& [name, value] : kArguments) arguments.SetInt(name, value);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // which would see tokens
   return arguments;
 }
 
 void setTlsClientArguments(grpc::ChannelArguments& arguments, const std::string& peer_name) {
   // Each stream has a connection of its own, made once: whoever dials again makes a new channel.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   const bool v6 = peer_name.starts_with('[');
   arguments.SetSslTargetNameOverride(v6 ? peer_name.substr(1, peer_name.size() - 2) : peer_name);
 }
