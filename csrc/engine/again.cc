@@ -12,6 +12,7 @@ Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payloa
   std::unique_ptr<Slot>& entry = group.slots[frame.slot];
   if (!entry) entry = newSlot(group, frame, now);
   Slot& slot = *entry;
+  if (slot.mismatch) return {};  // it is about to fail
   if (!sameShape(slot.head, frame)) {
     return broken("what rank " + std::to_string(rank) + " was answered is of another shape than " +
                   "what others push");

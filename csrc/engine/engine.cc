@@ -433,7 +433,7 @@ void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival
   out.frame = result;
   out.frame.kind = wire::FrameKind::kResult;
   out.frame.slot = slot.head.slot;
-  out.frame.length = slot.head.length;
+  out.frame.length = arrival.length;  // the head's, but for a mismatch
   const bool pulls = isAmong(group, slot.head.puller, arrival.rank);
   // What one rank pushes comes back to it only where it is the one that is asked for.
   const bool own = arrival.rank == slot.head.pusher && slot.head.puller != arrival.rank;

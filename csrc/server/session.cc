@@ -58,6 +58,7 @@ Status Session::handle(const wire::Frame& frame, Payload payload) {
       said_bye_ = true;
       return {};
     case wire::FrameKind::kSettled:
+      if (frame.epoch <= settled_epoch_) return {};  // costs a look at every slot
       again_bytes_ = 0;
       again_frames_ = 0;
       settled_epoch_ = frame.epoch;
