@@ -76,7 +76,9 @@ class Storm {
   Storm(std::uint64_t seed, Tally& tally)
       : random_(static_cast<std::uint32_t>(seed)), tally_(tally) {
     const auto workers = static_cast<std::int32_t>(2 + below(4));
-    servers_ = static_cast<std::int32_t>(1 + below(3));
+    // Some lose reducer after reducer in the midst of many small steps, and nothing else.
+    dense_ = below(3) == 0;
+    servers_ = static_cast<std::int32_t>(dense_ ? 2 + below(3) : 1 + below(3));
     const Algorithm algorithm = below(2) == 0 ? Algorithm::kServer : Algorithm::kMixed;
     ClusterOptions options = clusterOf(algorithm, workers, servers_, seed);
     options.settings.heartbeat = std::chrono::milliseconds(400);
@@ -160,6 +162,13 @@ class Storm {
   std::uint64_t below(std::uint64_t end) { return random_() % std::max<std::uint64_t>(end, 1); }
 
   void plan() {
+    if (dense_) {
+      const auto lost = static_cast<std::int32_t>(below(static_cast<std::uint64_t>(servers_)));
+      const auto from = static_cast<Rank>(below(static_cast<std::uint64_t>(cluster_->workers())));
+      events_.push_back(
+          {std::chrono::microseconds(below(4'000)), below(2) == 0 ? kKill : kSever, lost, from});
+      return;
+    }
     const auto server = static_cast<std::int32_t>(below(static_cast<std::uint64_t>(servers_)));
     const auto worker = static_cast<Rank>(below(static_cast<std::uint64_t>(cluster_->workers())));
     // Many in the first milliseconds, when most happens, others later.
@@ -240,6 +249,7 @@ class Storm {
 
   std::mt19937 random_;
   Tally& tally_;
+  bool dense_ = false;
   std::int32_t servers_ = 0;
   std::unique_ptr<Job> job_;  // the groups' last words go there
   std::unique_ptr<SimCluster> cluster_;
