@@ -67,13 +67,14 @@ void Link::beat(TimePoint now) {
   const Duration heartbeat = std::chrono::milliseconds(config_.hello.heartbeat_ms);
   std::shared_ptr<transport::Connection> connection;
   auto verdict = transport::Pulse::Verdict::kNothing;
-  Status why = transport::Pulse::silence(heartbeat);
+  Status why;
   {
     const std::lock_guard lock(mutex_);
     if (closing_ || closed_ || !connection_) return;
     connection = connection_;
     if (welcome_ && heartbeat > Duration::zero()) {
       verdict = pulse_.feel(now, heartbeat);
+      if (verdict == transport::Pulse::Verdict::kSilent) why = transport::Pulse::silence(heartbeat);
     } else if (!welcome_) {
       if (waiting_since_ == TimePoint()) waiting_since_ = now;
       const Duration patience =
