@@ -19,12 +19,6 @@ namespace {
 using collective::Algorithm;
 using collective::CallOptions;
 
-CallOptions within(std::chrono::milliseconds timeout) {
-  CallOptions options;
-  options.timeout = timeout;
-  return options;
-}
-
 ClusterOptions clusterOf(Algorithm algorithm, std::int32_t workers, std::int32_t servers,
                          std::uint64_t seed) {
   ClusterOptions options;

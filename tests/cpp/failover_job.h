@@ -17,12 +17,6 @@ namespace reducer::testing {
 
 using Memory = std::vector<std::byte>;
 
-inline collective::CallOptions within(std::chrono::milliseconds timeout) {
-  collective::CallOptions options;
-  options.timeout = timeout;
-  return options;
-}
-
 inline ClusterOptions clusterOf(collective::Algorithm algorithm, std::int32_t workers,
                                 std::int32_t servers, std::uint64_t seed) {
   ClusterOptions options;

@@ -37,6 +37,12 @@ struct ClusterOptions {
   std::vector<std::string> places;  // by rank; empty: each its own
 };
 
+inline collective::CallOptions within(std::chrono::milliseconds timeout) {
+  collective::CallOptions options;
+  options.timeout = timeout;
+  return options;
+}
+
 /// Where an operation's end is kept.
 struct Outcome {
   bool done = false;
