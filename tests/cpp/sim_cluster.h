@@ -37,7 +37,8 @@ struct ClusterOptions {
   std::vector<std::string> places;  // by rank; empty: each its own
 };
 
-inline collective::CallOptions within(std::chrono::milliseconds timeout) {
+inline collective::CallOptions within(
+    std::chrono::milliseconds timeout = std::chrono::seconds(20)) {
   collective::CallOptions options;
   options.timeout = timeout;
   return options;

@@ -86,12 +86,6 @@ class Ends {
   std::vector<bool> done_;
 };
 
-inline CallOptions within(std::chrono::milliseconds timeout = std::chrono::seconds(20)) {
-  CallOptions options;
-  options.timeout = timeout;
-  return options;
-}
-
 using Memory = std::vector<std::byte>;
 
 inline std::vector<Memory> anyInputs(std::size_t ranks, DataType dtype, std::size_t count,
