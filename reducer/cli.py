@@ -65,7 +65,7 @@ def serve(
         typer.Option(
             metavar="SIZE",
             help="Most memory promised to groups, as in 512MiB or 4GiB (default: half of this host's). A group of n "
-            "workers needs 2 x n x window, by default about 2 MiB for each worker; what does not fit is refused.",
+            "workers needs n x (2 x window + 128 KiB), by default about 2 MiB each; what does not fit is refused.",
         ),
     ] = None,
     grace: Annotated[

@@ -131,10 +131,10 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.losable = losable(owner);
   link.hello.version = kProtocolVersion;
   link.hello.job = config_.job;
-  link.hello.group = config_.name;
+  link.hello.group = config_.name.substr(0, kMaxNameBytes);
   link.hello.rank = config_.rank;
   link.hello.world_size = config_.world_size;
-  link.hello.host = config_.host;
+  link.hello.host = config_.host.substr(0, kMaxNameBytes);
   link.hello.token = config_.token;
   link.hello.window_bytes = link.window_bytes;
   link.hello.heartbeat_ms = static_cast<std::uint32_t>(config_.settings.heartbeat.count());

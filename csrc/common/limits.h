@@ -25,6 +25,9 @@ inline constexpr std::size_t kMaxChunkBytes = std::size_t{16} << 20;
 /// Longest text (an error, a host name) in a frame; a longer one is cut by the sender.
 inline constexpr std::size_t kMaxTextBytes = 8192;
 
+/// Longest name of a host or a group in a hello: a reducer keeps several copies.
+inline constexpr std::size_t kMaxNameBytes = 1024;
+
 /// A job's token: the shortest that is let in (shorter ones can be guessed) and the longest.
 inline constexpr std::size_t kMinTokenBytes = 16;
 inline constexpr std::size_t kMaxTokenBytes = 256;

@@ -9,9 +9,10 @@ namespace reducer::engine {
 Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payload payload,
                        TimePoint now, Actions& actions) {
   if (findFailure(group, operationOf(frame.slot)) != nullptr) return {};
-  std::unique_ptr<Slot>& entry = group.slots[frame.slot];
-  if (!entry) entry = newSlot(group, frame, now);
-  Slot& slot = *entry;
+  bool made = false;
+  Slot* const place = slotFor(group, frame, now, &made);
+  if (place == nullptr) return noMemory();
+  Slot& slot = *place;
   if (slot.mismatch) return {};  // it is about to fail
   if (!sameShape(slot.head, frame)) {
     return broken("what rank " + std::to_string(rank) + " was answered is of another shape than " +
@@ -22,7 +23,6 @@ Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payloa
   if (isAmong(group, frame.puller, rank)) {
     if (slot.handed_on) return {};  // any result is the result
     slot.handed_on = true;
-    counters_.held_bytes += payload.nbytes();
     slot.handed = std::move(payload);
     handOn(group, slot, actions);
     return {};
@@ -42,10 +42,7 @@ Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payloa
 /// Answers all who wait for what was handed on. The slot stays: others may ask, until all have
 /// settled.
 void Engine::handOn(const Group& group, Slot& slot, Actions& actions) {
-  for (Payload& held : slot.contributions) {
-    counters_.held_bytes -= held.nbytes();
-    held = {};
-  }
+  for (Payload& held : slot.contributions) held = {};
   answerAll(group, slot, actions.sends);
   slot.arrivals.clear();
   slot.deadline = TimePoint::max();

@@ -18,15 +18,19 @@ constexpr Duration kMismatchGrace = std::chrono::milliseconds(300);
 // forgotten.
 constexpr std::size_t kFailuresKept = 1024;
 
-// Empty slots kept for the next chunk, so that a chunk costs no allocation of its own.
+// Empty slots kept for the next chunk, so that a chunk costs no allocation of its own; not those of
+// very large groups.
 constexpr std::size_t kSpareSlots = 256;
+constexpr std::size_t kSpareRanksMax = 64;
 
 }  // namespace
 
-std::size_t Engine::SlotHash::operator()(const wire::SlotId& id) const noexcept {
-  std::uint64_t h = id.seq * 0x9E3779B97F4A7C15ULL ^ id.lane * 0xC2B2AE3D27D4EB4FULL;
-  h ^= (h >> 29) + id.chunk * 0x165667B19E3779F9ULL;
-  return h ^ (h >> 32);
+bool Engine::ByOperation::operator()(const wire::SlotId& a, const wire::SlotId& b) const noexcept {
+  if (a.seq != b.seq) return a.seq < b.seq;
+  const std::uint64_t lane_a = wire::operationLane(a.lane);
+  const std::uint64_t lane_b = wire::operationLane(b.lane);
+  if (lane_a != lane_b) return lane_a < lane_b;
+  return a.lane != b.lane ? a.lane < b.lane : a.chunk < b.chunk;
 }
 
 // ------------------------------------------------------------------ names for messages
@@ -82,7 +86,8 @@ Joined Engine::joined(const std::string& job, Rank rank) const {
 
 // ------------------------------------------------------------------ membership
 
-void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& actions) {
+void Engine::join(const PeerRef& peer, const wire::Hello& hello,
+                  const std::shared_ptr<MemoryAccount>& account, Actions& actions) {
   std::unique_ptr<Group>& group = groups_[hello.job];
   if (!group) {
     group = std::make_unique<Group>();
@@ -91,6 +96,7 @@ void Engine::join(const PeerRef& peer, const wire::Hello& hello, Actions& action
                            ? std::make_shared<const Placement>(static_cast<Rank>(hello.world_size))
                            : std::make_shared<const Placement>(hello.hosts);
     group->members.resize(hello.world_size);
+    group->account = account;
   }
   REDUCER_CHECK(hello.rank >= 0 && hello.rank < static_cast<Rank>(group->members.size()));
   if (group->members[hello.rank].gone) --group->gone;
@@ -200,8 +206,16 @@ std::size_t Engine::participantsOf(const Group& group, const wire::Frame& head) 
   return participants;
 }
 
-std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Frame& frame,
-                                              TimePoint now) {
+Engine::Slot* Engine::slotFor(Group& group, const wire::Frame& frame, TimePoint now, bool* made) {
+  *made = false;
+  const auto place = group.slots.lower_bound(frame.slot);
+  if (place != group.slots.end() && place->first == frame.slot) return place->second.get();
+  std::size_t pushers = group.members.size();
+  if (isRail(frame.pusher)) pushers = static_cast<std::size_t>(group.placement->hosts());
+  if (hasOnePusher(frame)) pushers = 1;
+  Charge charge = Charge::ifPossible(
+      group.account, sizeof(Slot) + pushers * sizeof(Payload) + group.members.size(), made);
+  if (!*made) return nullptr;
   std::unique_ptr<Slot> slot;
   if (spare_.empty()) {
     slot = std::make_unique<Slot>();
@@ -209,12 +223,10 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
     slot = std::move(spare_.back());
     spare_.pop_back();
   }
+  slot->charge = std::move(charge);
   slot->head = frame;
   slot->participants = participantsOf(group, frame);
-  const std::size_t pushers = isRail(frame.pusher)
-                                  ? static_cast<std::size_t>(group.placement->hosts())
-                                  : group.members.size();
-  slot->contributions.resize(hasOnePusher(frame) ? 1 : pushers);
+  slot->contributions.resize(pushers);
   slot->arrived.assign(group.members.size(), 0);
   slot->parts = 0;
   slot->handed_on = false;
@@ -224,24 +236,23 @@ std::unique_ptr<Engine::Slot> Engine::newSlot(const Group& group, const wire::Fr
   slot->deadline = TimePoint::max();
   slot->late_at = TimePoint::max();
   ++counters_.slots_open;
-  return slot;
+  return group.slots.emplace_hint(place, frame.slot, std::move(slot))->second.get();
 }
 
 void Engine::drop(std::unique_ptr<Slot> slot) {
-  for (const Payload& payload : slot->contributions) counters_.held_bytes -= payload.nbytes();
-  counters_.held_bytes -= slot->handed.nbytes();
   slot->contributions.clear();
   slot->handed = {};
   slot->arrivals.clear();
+  slot->charge = {};
   --counters_.slots_open;
-  if (spare_.size() < kSpareSlots) spare_.push_back(std::move(slot));
+  if (spare_.size() < kSpareSlots && slot->arrived.size() <= kSpareRanksMax) {
+    spare_.push_back(std::move(slot));
+  }
 }
 
 Engine::Failure* Engine::findFailure(Group& group, OperationId id) {
-  for (Failure& failure : group.failures) {
-    if (failure.id == id) return &failure;
-  }
-  return nullptr;
+  const auto found = group.failures.find(id);
+  return found == group.failures.end() ? nullptr : &found->second;
 }
 
 Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame,
@@ -306,12 +317,11 @@ Status Engine::onPush(const PeerRef& peer, const wire::Frame& frame, Payload pay
     return {};
   }
 
-  std::unique_ptr<Slot>& entry = group.slots[frame.slot];
-  if (!entry) {
-    entry = newSlot(group, frame, now);
-    if (frame.puller != rank) tellReceiver(group, *entry, actions);
-  }
-  Slot& slot = *entry;
+  bool made = false;
+  Slot* const place = slotFor(group, frame, now, &made);
+  if (place == nullptr) return noMemory();
+  Slot& slot = *place;
+  if (made && frame.puller != rank) tellReceiver(group, slot, actions);
   if (slot.arrived[rank]) {
     return broken("rank " + std::to_string(rank) + " pushed chunk " +
                   std::to_string(frame.slot.chunk) + " of operation " +
@@ -338,7 +348,7 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
                     const wire::Frame& frame, Payload payload, Actions& actions) {
   slot.arrived[rank] = 1;
   ++slot.parts;
-  slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length});
+  slot.arrivals.push_back(Arrival{rank, peer, frame.call, frame.length, {}});
   if (wire::operationLane(frame.slot.lane) == wire::kCollectiveLane) {
     group.members[rank].joined.learn({frame.slot.seq + 1, frame.call});
   }
@@ -356,13 +366,14 @@ void Engine::arrive(Group& group, Slot& slot, const PeerRef& peer, Rank rank,
   if (isAmong(group, slot.head.pusher, rank)) {
     slot.head.has_checksum |= frame.has_checksum;
     hold(group, slot, rank, std::move(payload));
+  } else {
+    slot.arrivals.back().empty = std::move(payload);
   }
   if (slot.handed_on) return handOn(group, slot, actions);
   complete(group, slot, actions);
 }
 
 void Engine::hold(const Group& group, Slot& slot, Rank rank, Payload payload) {
-  counters_.held_bytes += payload.nbytes();
   std::size_t place = 0;
   if (isRail(slot.head.pusher)) place = group.placement->hostOf(rank);
   if (slot.head.pusher == kAllRanks) place = rank;
@@ -406,7 +417,7 @@ void Engine::finish(const Group& group, Slot& slot, Actions& actions) {
   ready.checksum = slot.head.has_checksum;
   ready.world_size = group.placement->worldSize();
   if (slot.head.pusher == kAllRanks && group.placement->levels()) ready.by_host = group.placement;
-  for (const Payload& held : slot.contributions) counters_.held_bytes -= held.nbytes();
+  ready.account = group.account;
   ready.contributions = std::move(slot.contributions);
   slot.contributions.clear();
   actions.ready.push_back(std::move(ready));
@@ -454,14 +465,9 @@ void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival
 void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
                   Actions& actions, Rank lost) {
   const OperationId id = operationOf(head.slot);
-  Failure failure{id, code, text, lost, std::vector<char>(group.members.size(), 0), 0};
-  if (group.failures.size() >= kFailuresKept) group.failures.pop_front();
-  group.failures.push_back(std::move(failure));
-  for (auto it = group.slots.begin(); it != group.slots.end();) {
-    if (operationOf(it->first) != id) {
-      ++it;
-      continue;
-    }
+  remember(group, id, Failure{code, text, lost, std::vector<bool>(group.members.size()), 0, {}});
+  auto it = group.slots.lower_bound(wire::SlotId{id.first, id.second, 0});
+  while (it != group.slots.end() && operationOf(it->first) == id) {
     Slot& slot = *it->second;
     for (const Arrival& arrival : slot.arrivals) {
       wire::Frame reply;
@@ -479,6 +485,24 @@ void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::s
   }
 }
 
+/// For ranks that come late. What there is no memory for is forgotten, the oldest first: they wait
+/// until their own timeout then.
+void Engine::remember(Group& group, OperationId id, Failure failure) {
+  const std::size_t nbytes = 2 * sizeof(Failure) + failure.text.size() + group.members.size() / 8;
+  bool kept = false;
+  while (true) {
+    if (group.failed.size() < kFailuresKept) {
+      failure.charge = Charge::ifPossible(group.account, nbytes, &kept);
+    }
+    if (kept || group.failed.empty()) break;
+    group.failures.erase(group.failed.front());
+    group.failed.pop_front();
+  }
+  if (!kept) return;
+  group.failures.insert_or_assign(id, std::move(failure));
+  group.failed.push_back(id);
+}
+
 Status Engine::onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions) {
   const auto found = places_.find(peer.get());
   if (found == places_.end()) return broken("a cancel before the hello");
@@ -491,13 +515,12 @@ Status Engine::onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& 
     fail(group, frame, code, frame.text, actions);
   }
   Failure* failure = findFailure(group, id);
+  if (failure == nullptr) return {};
   if (!failure->cancelled[rank]) {
-    failure->cancelled[rank] = 1;
+    failure->cancelled[rank] = true;
     ++failure->cancels;
   }
-  if (failure->cancels == group.members.size()) {
-    std::erase_if(group.failures, [&](const Failure& f) { return f.id == id; });
-  }
+  if (failure->cancels == group.members.size()) group.failures.erase(id);
   return {};
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/memory.h"
 #include "common/payload.h"
 #include "common/placement.h"
 #include "common/status.h"
@@ -53,7 +55,8 @@ struct Ready {
   std::vector<Payload> contributions;  ///< in rank order; of a rail: in the order of the hosts
   /// Set where ranks of one host are to be summed before the hosts are.
   std::shared_ptr<const Placement> by_host;
-  Rank world_size = 0;  ///< what kAvg divides by
+  Rank world_size = 0;                     ///< what kAvg divides by
+  std::shared_ptr<MemoryAccount> account;  ///< which the result is on
   std::vector<Outgoing> replies;
 };
 
@@ -88,7 +91,6 @@ struct EngineCounters {
   std::uint64_t slots_open = 0;
   std::uint64_t slots_done = 0;
   std::uint64_t slots_failed = 0;
-  std::uint64_t held_bytes = 0;
 };
 
 /// One shard: some of the slots of every group. Not thread safe: the owner serialises the calls.
@@ -105,12 +107,16 @@ class Engine {
   explicit Engine(bool judges = true) : judges_(judges) {}
 
   /// `peer` is rank hello.rank of the group hello.job from now on. The caller has checked the
-  /// hello.
-  void join(const PeerRef& peer, const wire::Hello& hello, Actions& actions);
+  /// hello. What a group's slots take up is on its `account`, of the first that joins; null: nobody
+  /// counts. (Payloads are the caller's to charge.)
+  void join(const PeerRef& peer, const wire::Hello& hello,
+            const std::shared_ptr<MemoryAccount>& account, Actions& actions);
 
   /// `peer` is gone. `why` is ok if it left in good order. Fails the slots that still wait for it.
   void leave(const PeerRef& peer, const Status& why, Actions& actions);
 
+  /// kResourceExhausted: the group's account has no room for the slot. A payload's owner is kept as
+  /// long as the push is, also where there are no bytes.
   Status onPush(const PeerRef& peer, const wire::Frame& frame, Payload payload, TimePoint now,
                 Actions& actions);
 
@@ -148,8 +154,10 @@ class Engine {
     PeerRef peer;
     wire::Call call;
     std::uint64_t length;  // what it counts against its window
+    Payload empty;         // of a rank that pushes nothing: what its frame is charged by
   };
   struct Slot {
+    Charge charge;
     wire::Frame head;                    // the first frame: what the others are compared with
     std::size_t participants = 0;        // ranks that take part
     std::vector<Payload> contributions;  // by rank; of a rail by host; or one of the one pusher
@@ -167,24 +175,28 @@ class Engine {
   };
   using OperationId = std::pair<std::uint64_t, std::uint64_t>;  // lane, seq
   struct Failure {
-    OperationId id;
     Code code;
     std::string text;
     Rank lost;                    // why, or kAllRanks
-    std::vector<char> cancelled;  // by rank
+    std::vector<bool> cancelled;  // by rank
     std::size_t cancels = 0;
+    Charge charge;
   };
-  struct SlotHash {
-    std::size_t operator()(const wire::SlotId& id) const noexcept;
+  /// The slots of an operation stand together.
+  struct ByOperation {
+    bool operator()(const wire::SlotId& a, const wire::SlotId& b) const noexcept;
   };
+  using Slots = std::map<wire::SlotId, std::unique_ptr<Slot>, ByOperation>;
   struct Group {
     std::string name;
     std::shared_ptr<const Placement> placement;
+    std::shared_ptr<MemoryAccount> account;
     std::vector<Member> members;
     std::size_t connected = 0;
     std::size_t gone = 0;  // members that are
-    std::unordered_map<wire::SlotId, std::unique_ptr<Slot>, SlotHash> slots;
-    std::deque<Failure> failures;
+    Slots slots;
+    std::map<OperationId, Failure> failures;
+    std::deque<OperationId> failed;  // in order; some may be forgotten already
   };
   struct Place {
     Group* group;
@@ -202,10 +214,12 @@ class Engine {
   static std::string describeWait(const Group& group, const Slot& slot, TimePoint now);
   static void tellLate(const Group& group, const Slot& slot, TimePoint now, Actions& actions);
   static Failure* findFailure(Group& group, OperationId id);
+  static void remember(Group& group, OperationId id, Failure failure);
   static void tellLeft(const PeerRef& peer, Rank left, Actions& actions);
   static void tellReceiver(const Group& group, const Slot& slot, Actions& actions);
 
-  std::unique_ptr<Slot> newSlot(const Group& group, const wire::Frame& frame, TimePoint now);
+  /// The frame's slot, made if there is none; null if there is no memory for it.
+  Slot* slotFor(Group& group, const wire::Frame& frame, TimePoint now, bool* made);
   void drop(std::unique_ptr<Slot> slot);
   Status onAgain(Group& group, Rank rank, const wire::Frame& frame, Payload payload, TimePoint now,
                  Actions& actions);
@@ -217,7 +231,7 @@ class Engine {
               Payload payload, Actions& actions);
   void finish(const Group& group, Slot& slot, Actions& actions);
   /// Takes a rank's part in.
-  void hold(const Group& group, Slot& slot, Rank rank, Payload payload);
+  static void hold(const Group& group, Slot& slot, Rank rank, Payload payload);
   static void answerAll(const Group& group, const Slot& slot, std::vector<Outgoing>& replies);
   static void answer(const Group& group, const Slot& slot, const Arrival& arrival,
                      const wire::Frame& result, std::vector<Outgoing>& replies);

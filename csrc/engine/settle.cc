@@ -157,6 +157,7 @@ std::vector<Outgoing> settle(Ready ready, BufferPool& pool) {
     result = Payload(Bytes(buffer.get(), ready.nbytes), buffer);
   }
   ready.contributions.clear();
+  if (ready.account) result = charged(result, Charge(ready.account, ready.nbytes));
   const std::uint32_t checksum = ready.checksum ? wire::crc32c(result) : 0;
   for (Outgoing& reply : ready.replies) {
     if (!reply.wants_result) continue;

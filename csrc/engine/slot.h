@@ -12,6 +12,9 @@ namespace reducer::engine {
 
 inline Status broken(std::string text) { return Status(Code::kInvalidArgument, std::move(text)); }
 
+/// Whose memory that is, the caller knows.
+inline Status noMemory() { return Status(Code::kResourceExhausted, ""); }
+
 /// The ranks mean the same slot by these.
 inline bool sameShape(const wire::Frame& a, const wire::Frame& b) {
   return a.call == b.call && a.pusher == b.pusher && a.puller == b.puller && a.offset == b.offset &&

@@ -26,7 +26,7 @@ EngineProbe::EngineProbe(int ranks, std::size_t chunk_bytes, std::size_t buffer_
     hello.rank = rank;
     hello.world_size = ranks;
     engine::Actions none;
-    engine_.join(workers_.back(), hello, none);
+    engine_.join(workers_.back(), hello, nullptr, none);
   }
 }
 

@@ -13,6 +13,13 @@
 namespace reducer::server {
 namespace {
 
+// Of each worker beside its windows: its places in all shards and their names, and some hundred
+// frames with what slots say of them.
+constexpr std::uint64_t kWorkerBytes = 128 << 10;
+
+// No limit is as large.
+constexpr std::uint64_t kWindowBytesMax = std::uint64_t{1} << 48;
+
 std::string mebibytes(std::uint64_t nbytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(nbytes) / (1 << 20));
@@ -26,21 +33,25 @@ std::size_t shardOf(const wire::SlotId& id, std::size_t shards) {
 }  // namespace
 
 ServerState::ServerState(transport::Transport& t, ServerOptions o)
-    : transport(t), options(std::move(o)), started(t.now()) {
+    : transport(t),
+      options(std::move(o)),
+      started(t.now()),
+      memory(std::make_shared<MemoryLimit>(options.memory_limit_bytes)) {
   for (int i = 0; i < std::max(1, options.shards); ++i) {
     shards.push_back(std::make_unique<Shard>(/*judges=*/!options.standalone));
   }
 }
 
-Status ServerState::join(const std::shared_ptr<Session>& session, const wire::Hello& hello) {
+ServerState::Account ServerState::join(const std::shared_ptr<Session>& session,
+                                       const wire::Hello& hello) {
   engine::Actions actions;
-  Status status = admit(session, hello, actions);
+  Account account = admit(session, hello, actions);
   perform(std::move(actions));
-  return status;
+  return account;
 }
 
-Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
-                          engine::Actions& actions) {
+ServerState::Account ServerState::admit(const std::shared_ptr<Session>& session,
+                                        const wire::Hello& hello, engine::Actions& actions) {
   const std::lock_guard lock(registry_mutex);
   silent.erase(session);
   const auto found = groups.find(hello.job);
@@ -48,6 +59,11 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
   if ((options.tokens && !options.tokens->admits(hello.token)) ||
       (found != groups.end() && !sameSecret(found->second.token, hello.token))) {
     return notAdmitted();
+  }
+  if (hello.host.size() > kMaxNameBytes || hello.group.size() > kMaxNameBytes) {
+    return Status(Code::kInvalidArgument, "rank " + std::to_string(hello.rank) +
+                                              " has a host's or a group's name of more than " +
+                                              std::to_string(kMaxNameBytes) + " bytes");
   }
   const std::string who = "rank " + std::to_string(hello.rank) + " (" + hello.host + ")";
   if (hello.job.size() != kJobBytes) {
@@ -66,18 +82,18 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
                         "of REDUCER_SERVERS");
     }
     // A slot holds a push of every rank, or its result: the window of each rank counts twice.
-    const std::uint64_t needed =
-        2 * static_cast<std::uint64_t>(hello.world_size) * hello.window_bytes;
-    if (needed / 2 / hello.world_size != hello.window_bytes ||
-        needed > options.memory_limit_bytes -
-                     std::min<std::uint64_t>(reserved_bytes, options.memory_limit_bytes)) {
+    const std::uint64_t of_each = 2 * std::min<std::uint64_t>(hello.window_bytes, kWindowBytesMax) +
+                                  (options.standalone ? kWorkerBytes : 0);
+    const std::uint64_t needed = static_cast<std::uint64_t>(hello.world_size) * of_each;
+    auto account = MemoryAccount::open(memory, needed);
+    if (!account) {
       return Status(
           Code::kResourceExhausted,
           "the reducer " + options.host + " has no memory for group '" + hello.group + "' of " +
               std::to_string(hello.world_size) + " workers: it needs " + mebibytes(needed) +
-              " (2 x workers x window), and of the limit of " +
-              mebibytes(options.memory_limit_bytes) + " " + mebibytes(reserved_bytes) +
-              " are promised to other groups; raise --memory-limit or lower REDUCER_WINDOW_BYTES");
+              " (workers x (2 x window + " + mebibytes(kWorkerBytes) + ")), and of the limit of " +
+              mebibytes(memory->limit()) + " " + mebibytes(memory->taken()) +
+              " are taken by other groups; raise --memory-limit or lower REDUCER_WINDOW_BYTES");
     }
     GroupRecord record;
     record.name = hello.group;
@@ -88,8 +104,7 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
     record.config_host = who;
     record.window_bytes = hello.window_bytes;
     record.token = hello.token;
-    record.reserved_bytes = needed;
-    reserved_bytes += needed;
+    record.account = std::move(account);
     groups.emplace(hello.job, std::move(record));
   }
   GroupRecord& record = groups.at(hello.job);
@@ -122,9 +137,9 @@ Status ServerState::admit(const std::shared_ptr<Session>& session, const wire::H
   sessions.insert(session);
   for (const auto& shard : shards) {
     const std::lock_guard shard_lock(shard->mutex);
-    shard->engine.join(session, hello, actions);
+    shard->engine.join(session, hello, record.account, actions);
   }
-  return {};
+  return record.account;
 }
 
 void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hello& hello,
@@ -140,15 +155,13 @@ void ServerState::leave(const std::shared_ptr<Session>& session, const wire::Hel
       if (why.ok()) found->second.complete = false;
       if (options.standalone && !why.ok()) loseConnection(found->second, hello, why);
       if (found->second.ranks.empty()) {
-        reserved_bytes -= found->second.reserved_bytes;
+        found->second.account->close();
         groups.erase(found);
       }
     }
     for (const auto& shard : shards) {
       const std::lock_guard shard_lock(shard->mutex);
-      const std::uint64_t before = shard->engine.counters().held_bytes;
       shard->engine.leave(session, why, actions);
-      held_bytes += shard->engine.counters().held_bytes - before;
     }
   }
   perform(std::move(actions));
@@ -163,13 +176,7 @@ Status ServerState::push(const std::shared_ptr<Session>& session, const wire::Fr
   Status status;
   {
     const std::lock_guard lock(shard.mutex);
-    const std::uint64_t before = shard.engine.counters().held_bytes;
     status = shard.engine.onPush(session, frame, std::move(payload), transport.now(), actions);
-    const std::uint64_t held = held_bytes += shard.engine.counters().held_bytes - before;
-    std::uint64_t max = held_bytes_max.load(std::memory_order_relaxed);
-    while (held > max &&
-           !held_bytes_max.compare_exchange_weak(max, held, std::memory_order_relaxed)) {
-    }
   }
   perform(std::move(actions));
   return status;
@@ -181,9 +188,7 @@ Status ServerState::everyShard(const Call& call) {
   Status status;
   for (const auto& shard : shards) {
     const std::lock_guard lock(shard->mutex);
-    const std::uint64_t before = shard->engine.counters().held_bytes;
     Status one = call(shard->engine, actions);
-    held_bytes += shard->engine.counters().held_bytes - before;
     if (!one.ok()) status = std::move(one);
   }
   perform(std::move(actions));
@@ -208,9 +213,7 @@ void ServerState::tick(TimePoint now) {
   engine::Actions actions;
   for (const auto& shard : shards) {
     const std::lock_guard lock(shard->mutex);
-    const std::uint64_t before = shard->engine.counters().held_bytes;
     shard->engine.tick(now, actions);
-    held_bytes += shard->engine.counters().held_bytes - before;
   }
   perform(std::move(actions));
   evict(now);
@@ -313,8 +316,9 @@ std::shared_ptr<transport::Connection> ReducerServer::connectLocal(
 ServerStats ReducerServer::stats() const {
   ServerStats stats;
   stats.memory_limit_bytes = state_->options.memory_limit_bytes;
-  stats.held_bytes = state_->held_bytes;
-  stats.held_bytes_max = state_->held_bytes_max;
+  stats.taken_bytes = state_->memory->taken();
+  stats.held_bytes = state_->memory->held();
+  stats.held_bytes_max = state_->memory->heldMax();
   stats.pushed_bytes = state_->pushed_bytes;
   stats.result_bytes = state_->result_bytes;
   stats.damaged = state_->damaged;
@@ -327,12 +331,13 @@ ServerStats ReducerServer::stats() const {
     stats.slots_failed += shard->engine.counters().slots_failed;
   }
   const std::lock_guard lock(state_->registry_mutex);
-  stats.reserved_bytes = state_->reserved_bytes;
   stats.draining = state_->draining;
   stats.connections = state_->sessions.size();
   for (const auto& [job, record] : state_->groups) {
+    const std::uint64_t promise = record.account->promise();
+    stats.reserved_bytes += promise;
     stats.groups.push_back({hexadecimal(job), record.name, record.world_size,
-                            static_cast<std::int32_t>(record.ranks.size()), record.reserved_bytes});
+                            static_cast<std::int32_t>(record.ranks.size()), promise});
   }
   return stats;
 }

@@ -17,8 +17,7 @@ namespace reducer::server {
 class TokenFile;
 
 struct ServerOptions {
-  std::size_t memory_limit_bytes = std::size_t{4}
-                                   << 30;  ///< for chunks held and results not yet sent
+  std::size_t memory_limit_bytes = std::size_t{4} << 30;  ///< for all that is held for workers
   int shards = 16;   ///< independent parts of the slot table; more than the threads that serve it
   std::string host;  ///< "hostname:pid", for messages
   bool standalone = false;  ///< serves the collectives only: send and recv go from worker to worker
@@ -49,7 +48,10 @@ struct GroupStats {
 struct ServerStats {
   std::uint64_t memory_limit_bytes = 0;
   std::uint64_t reserved_bytes = 0;  ///< promised to the groups that joined
-  std::uint64_t held_bytes = 0;      ///< in contributions that wait for others
+  std::uint64_t taken_bytes = 0;     ///< that, and what groups hold beyond it: at most the limit
+  /// For workers of other processes: what they pushed, results on their way out, and what keeping
+  /// account of it takes.
+  std::uint64_t held_bytes = 0;
   std::uint64_t held_bytes_max = 0;
   std::uint64_t pushed_bytes = 0;  ///< since the start
   std::uint64_t result_bytes = 0;

@@ -11,8 +11,15 @@
 namespace reducer::server {
 namespace {
 
-// Slots cost memory even where chunks are empty. Far above what a worker has: 1,024 in a lane.
+// Far above what a worker has: 1,024 in a lane.
 constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
+
+// What a frame takes up besides its payload: where it waits, and its answer's header on the way
+// out.
+constexpr std::uint64_t kFrameBytes = 384;
+
+// Buffers have 128 KiB (tcp) or hold a message of gRPC's: a small payload is not to hold all that.
+constexpr std::size_t kCopiedBytes = 4096;
 
 // Of a host in two levels (4 of 1 MiB).
 constexpr std::uint64_t kSegmentsUnderWay = 4 << 20;
@@ -37,6 +44,7 @@ void Session::onFrame(wire::Frame frame, Payload payload) {
 
 Status Session::dispatch(const wire::Frame& frame, Payload payload) {
   pulse_.heard();
+  if (Status status = charge(frame, payload); !status.ok()) return status;
   const bool ordered = frame.kind == wire::FrameKind::kPush ||
                        frame.kind == wire::FrameKind::kCancel ||
                        frame.kind == wire::FrameKind::kSettled;
@@ -108,13 +116,17 @@ Status Session::push(const wire::Frame& frame, Payload payload) {
                                                 std::to_string(hello_.window_bytes) +
                                                 " that it announced");
   }
-  if (Status status = checkMemory(payload); !status.ok()) return status;
   if (++outstanding_frames_ > kOutstandingFramesMax && state_->options.standalone) {
     return Status(
         Code::kResourceExhausted,
         who + " has more than " + std::to_string(kOutstandingFramesMax) + " chunks outstanding");
   }
-  return state_->push(shared_from_this(), frame, std::move(payload));
+  return pushed(frame, std::move(payload));
+}
+
+Status Session::pushed(const wire::Frame& frame, Payload payload) {
+  Status status = state_->push(shared_from_this(), frame, std::move(payload));
+  return status.code() == Code::kResourceExhausted ? noMemory() : status;
 }
 
 std::uint64_t Session::windows() const {
@@ -137,20 +149,28 @@ Status Session::again(const wire::Frame& frame, Payload payload) {
                       " chunks of " + std::to_string(nbytes) +
                       " bytes again, more than lost reducers can have answered");
   }
-  if (Status status = checkMemory(payload); !status.ok()) return status;
-  return state_->push(shared_from_this(), frame, std::move(payload));
+  return pushed(frame, std::move(payload));
 }
 
-// What is allowed beyond the promise, where reducers were lost, is not allowed beyond the limit.
-Status Session::checkMemory(const Payload& payload) const {
-  const ServerOptions& options = state_->options;
-  if (!options.standalone || epoch_ == 0 ||
-      state_->held_bytes + payload.nbytes() <= options.memory_limit_bytes) {
-    return {};
-  }
-  return Status(Code::kResourceExhausted, "the reducer " + options.host +
-                                              " holds all that its memory limit allows, after a "
-                                              "loss of others; raise --memory-limit");
+// Its own worker's pushes are that worker's memory.
+Status Session::charge(const wire::Frame& frame, Payload& payload) {
+  if (in_process || frame.kind != wire::FrameKind::kPush || !account_) return {};
+  bool ok = false;
+  Charge charge = Charge::ifPossible(account_, payload.nbytes() + kFrameBytes, &ok);
+  if (!ok) return noMemory();
+  payload = charged(payload, std::move(charge), kCopiedBytes);
+  return {};
+}
+
+Status Session::noMemory() const {
+  const auto mebibytes = [](std::uint64_t nbytes) { return std::to_string(nbytes >> 20) + " MiB"; };
+  return Status(Code::kResourceExhausted,
+                "the reducer " + state_->options.host + " has no memory for what rank " +
+                    std::to_string(hello_.rank) + " (" + hello_.host +
+                    ") pushes: its group holds more than the " + mebibytes(account_->promise()) +
+                    " that it was promised, and of the limit of " +
+                    mebibytes(state_->memory->limit()) +
+                    " nothing else is free; raise --memory-limit");
 }
 
 std::int64_t Session::windowed(const wire::Frame& frame) const {
@@ -172,10 +192,14 @@ Status Session::hello(const wire::Hello& hello) {
                                         "; install the same version of reducer on both");
     }
     hello_ = hello;
-    if (Status status = state_->join(shared_from_this(), hello); !status.ok()) return status;
+    auto account = state_->join(shared_from_this(), hello);
+    if (!account.ok()) return account.status();
+    account_ = std::move(account).value();
     joined_ = true;
   }
-  connection_->admit();
+  // A chunk is no larger than the window, and a header has at most some texts.
+  const std::uint64_t chunk = std::min<std::uint64_t>(hello.window_bytes, kMaxChunkBytes);
+  connection_->admit(state_->options.standalone ? chunk + 3 * kMaxTextBytes : kMaxMessageBytes);
   wire::Frame reply;
   reply.kind = wire::FrameKind::kWelcome;
   reply.hello.version = kProtocolVersion;
@@ -210,7 +234,7 @@ void Session::deliver(const wire::Frame& frame, Payload payload) {
   if (!state_->options.counts_unread || in_process) {
     return connection_->send(frame, std::move(payload));
   }
-  payload = counted(std::move(payload));
+  payload = counted(frame, payload);
   if (withinPromise()) return connection_->send(frame, std::move(payload));
   const std::string text =
       "rank " + std::to_string(hello_.rank) + " (" + hello_.host +
@@ -251,13 +275,16 @@ Status Session::holdBack(const wire::Frame& frame, Payload payload) {
     reply.kind = wire::FrameKind::kResend;
     reply.slot = frame.slot;
     send(reply);
-    if (missing == backlog_.end()) backlog_.push_back({frame, {}, /*missing=*/true});
+    if (missing == backlog_.end()) backlog_.push_back({frame, {}, true, {}});
     return {};
   }
   damaged_in_row_ = 0;
-  backlog_bytes_ += payload.nbytes() + frame.text.size() + sizeof(Held);
+  bool ok = false;
+  Charge charge = Charge::ifPossible(account_, frame.text.size() + sizeof(Held), &ok);
+  if (!ok) return noMemory();
+  backlog_bytes_ += payload.nbytes();
   if (frame.kind == wire::FrameKind::kPush && missing != backlog_.end()) {
-    *missing = {frame, std::move(payload), /*missing=*/false};
+    *missing = {frame, std::move(payload), /*missing=*/false, std::move(charge)};
     return workOff();
   }
   // (A push counts against the window when it is its turn.)
@@ -267,7 +294,7 @@ Status Session::holdBack(const wire::Frame& frame, Payload payload) {
                                                 " sends on and on behind a chunk that came "
                                                 "damaged, and not that once more");
   }
-  backlog_.push_back({frame, std::move(payload), /*missing=*/false});
+  backlog_.push_back({frame, std::move(payload), /*missing=*/false, std::move(charge)});
   return {};
 }
 
@@ -282,7 +309,7 @@ Status Session::workOff() {
   while (!backlog_.empty() && !backlog_.front().missing) {
     Held held = std::move(backlog_.front());
     backlog_.pop_front();
-    backlog_bytes_ -= held.payload.nbytes() + held.frame.text.size() + sizeof(Held);
+    backlog_bytes_ -= held.payload.nbytes();
     if (Status status = handle(held.frame, std::move(held.payload)); !status.ok()) return status;
   }
   return {};
@@ -332,10 +359,10 @@ Status Session::resend(const wire::SlotId& slot) {
   return {};
 }
 
-Payload Session::counted(Payload payload) {
+Payload Session::counted(const wire::Frame& frame, const Payload& payload) {
   struct Hold {
-    Hold(std::shared_ptr<Unread> u, std::int64_t n, std::shared_ptr<const void> o)
-        : unread(std::move(u)), nbytes(n), owner(std::move(o)) {
+    Hold(std::shared_ptr<Unread> u, std::int64_t n, Charge c, std::shared_ptr<const void> o)
+        : unread(std::move(u)), nbytes(n), charge(std::move(c)), owner(std::move(o)) {
       unread->bytes += nbytes;
       ++unread->frames;
     }
@@ -345,10 +372,12 @@ Payload Session::counted(Payload payload) {
     }
     std::shared_ptr<Unread> unread;
     std::int64_t nbytes;
+    Charge charge;
     std::shared_ptr<const void> owner;
   };
   auto hold =
-      std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()), payload.owner());
+      std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()),
+                             Charge(account_, kFrameBytes + frame.text.size()), payload.owner());
   const std::span<const Bytes> pieces = payload.pieces();
   if (pieces.size() == 1) return Payload(pieces[0], std::move(hold));
   return Payload(std::vector<Bytes>(pieces.begin(), pieces.end()), std::move(hold));

@@ -50,7 +50,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::string config_host;           // who set it
     std::uint64_t window_bytes = 0;    // of each worker
     std::string token;                 // of whoever made it
-    std::uint64_t reserved_bytes = 0;
+    std::shared_ptr<MemoryAccount> account;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
     bool leads = false;                           // this is rank 0's reducer, which keeps:
     std::vector<std::uint32_t> lost;              // owners, rising
@@ -69,11 +69,12 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
 
   /// A connection that has not said who it is.
   std::shared_ptr<Session> open(std::shared_ptr<transport::Connection> connection, bool local);
-  /// Takes the worker in, or says why not.
-  Status join(const std::shared_ptr<Session>& session, const wire::Hello& hello);
+  using Account = Result<std::shared_ptr<MemoryAccount>>;
+  /// Takes the worker in, and gives its group's account, or says why not.
+  Account join(const std::shared_ptr<Session>& session, const wire::Hello& hello);
   /// The part of join() that needs the registry's lock.
-  Status admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
-               engine::Actions& actions);
+  Account admit(const std::shared_ptr<Session>& session, const wire::Hello& hello,
+                engine::Actions& actions);
   void leave(const std::shared_ptr<Session>& session, const wire::Hello& hello, const Status& why);
   Status push(const std::shared_ptr<Session>& session, const wire::Frame& frame, Payload payload);
   Status cancel(const std::shared_ptr<Session>& session, const wire::Frame& frame);
@@ -117,6 +118,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   const ServerOptions options;
   const TimePoint started;
   std::vector<std::unique_ptr<Shard>> shards;
+  const std::shared_ptr<MemoryLimit> memory;
   const std::shared_ptr<engine::BufferPool> pool = engine::BufferPool::create();
 
   std::mutex registry_mutex;
@@ -124,7 +126,6 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   std::unordered_map<std::string, GroupRecord> groups;  // by job
   std::unordered_set<std::shared_ptr<Session>> sessions;
   std::unordered_map<std::shared_ptr<Session>, TimePoint> silent;  // no hello yet: since when
-  std::uint64_t reserved_bytes = 0;
   bool draining = false;
   Absentees absentees;
   struct News {
@@ -137,8 +138,6 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
 
   std::atomic<std::uint64_t> pushed_bytes{0};
   std::atomic<std::uint64_t> result_bytes{0};
-  std::atomic<std::uint64_t> held_bytes{0};
-  std::atomic<std::uint64_t> held_bytes_max{0};
   std::atomic<std::uint64_t> refused{0};
   std::atomic<std::uint64_t> damaged{0};
 };
@@ -186,6 +185,7 @@ class Session final : public transport::Handler,
     wire::Frame frame;
     Payload payload;
     bool missing = false;
+    Charge charge;
   };
   static bool isDamaged(const wire::Frame& frame, const Payload& payload);
   Status holdBack(const wire::Frame& frame, Payload payload);
@@ -193,8 +193,8 @@ class Session final : public transport::Handler,
   Status workOff();
   void remember(const wire::Frame& frame, const Payload& payload);
   Status resend(const wire::SlotId& slot);
-  /// The payload, counted until its bytes have left.
-  Payload counted(Payload payload);
+  /// The payload of an answer, counted until its bytes have left.
+  Payload counted(const wire::Frame& frame, const Payload& payload);
   /// What the worker has pushed and what it has not read are what was promised to it: its window,
   /// twice (as long as bytes have been received, and this end is about to hear of it, they count
   /// here, and the worker may have pushed as many anew).
@@ -203,8 +203,11 @@ class Session final : public transport::Handler,
   Status handle(const wire::Frame& frame, Payload payload);
   Status onMembership(const wire::Frame& frame);
   Status push(const wire::Frame& frame, Payload payload);
+  Status pushed(const wire::Frame& frame, Payload payload);
   Status again(const wire::Frame& frame, Payload payload);
-  Status checkMemory(const Payload& payload) const;
+  /// What a push takes up is on the group's account.
+  Status charge(const wire::Frame& frame, Payload& payload);
+  Status noMemory() const;
   /// Windows that the worker may have outstanding: one more for each change of owners that it has
   /// not got over.
   std::uint64_t windows() const;
@@ -217,6 +220,7 @@ class Session final : public transport::Handler,
   std::mutex mutex_;  // membership against a local connection's concurrent frames
   wire::Hello hello_;
   bool joined_ = false;
+  std::shared_ptr<MemoryAccount> account_;  // set with it, never changed
   bool refused_ = false;
   std::atomic<bool> said_bye_{false};
   std::atomic<std::int64_t> outstanding_bytes_{0};

@@ -1,6 +1,7 @@
 // How frames travel. Nothing above this line knows what carries them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -35,8 +36,9 @@ class Connection {
   virtual std::string peer() const = 0;
 
   /// The peer has said who it is: until then it counts among the strangers, of which a transport
-  /// takes only so many, and its messages have to be small.
-  virtual void admit() {}
+  /// takes only so many, and its messages have to be small. From here on they have at most
+  /// `message_bytes`.
+  virtual void admit(std::size_t message_bytes) { (void)message_bytes; }
 };
 
 /// What happens on a connection. Calls for one connection come one at a time, in order; those of

@@ -49,7 +49,7 @@ class Conformance : public ::testing::TestWithParam<Carrier (*)()> {
     auto listener =
         carrier_.server->listen(at, [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
-          connection->admit();
+          connection->admit(kMaxMessageBytes);
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           recorders_.push_back(recorder);

@@ -30,7 +30,7 @@ class EngineTest : public testing::Test {
       hello.world_size = n;
       hello.host = "host" + std::to_string(r) + ":" + std::to_string(100 + r);
       Actions none;
-      engine_.join(workers_.back(), hello, none);
+      engine_.join(workers_.back(), hello, account_, none);
     }
     got_.resize(n);
   }
@@ -84,10 +84,16 @@ class EngineTest : public testing::Test {
     collect(std::move(actions));
   }
 
-  void expectEmpty() {
-    EXPECT_EQ(engine_.counters().slots_open, 0u);
-    EXPECT_EQ(engine_.counters().held_bytes, 0u);
+  void TearDown() override {
+    for (const auto& worker : workers_) {
+      Actions actions;
+      engine_.leave(worker, {}, actions);
+    }
+    got_.clear();
+    EXPECT_EQ(limit_->held(), 0u) << "something stays on the account of a group that is gone";
   }
+
+  void expectEmpty() { EXPECT_EQ(engine_.counters().slots_open, 0u); }
 
   const std::string& errorOf(Rank rank) {
     static const std::string kNone = "(no error)";
@@ -95,6 +101,8 @@ class EngineTest : public testing::Test {
     return got_[rank].back().frame.text;
   }
 
+  const std::shared_ptr<MemoryLimit> limit_ = std::make_shared<MemoryLimit>(std::uint64_t{1} << 30);
+  const std::shared_ptr<MemoryAccount> account_ = MemoryAccount::open(limit_, 1 << 20);
   Engine engine_;
   std::shared_ptr<BufferPool> pool_ = BufferPool::create();
   std::vector<std::shared_ptr<Worker>> workers_;

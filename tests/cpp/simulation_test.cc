@@ -139,7 +139,7 @@ TEST(Simulation, TellsWhatAnOwnerPromisesAndHowManyConnectionsThereAre) {
   EXPECT_EQ(shape.worker_connections, 3u + 5u) << "rank 0 keeps the list of lost reducers";
   EXPECT_EQ(shape.reducer_connections, 6u);
   EXPECT_EQ(shape.window_bytes, 3u << 20);
-  EXPECT_EQ(shape.promised_bytes, 2u * 6 << 20);
+  EXPECT_EQ(shape.promised_bytes, 6u * ((2u << 20) + (128u << 10)));
 }
 
 TEST(Simulation, WrongOptionsAreRefusedAndARunCanBeStopped) {

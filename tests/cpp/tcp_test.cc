@@ -95,7 +95,7 @@ class TcpTransportTest : public ::testing::Test {
     auto listener =
         server_->listen("127.0.0.1:0", [this, hook](std::shared_ptr<Connection> connection) {
           auto recorder = std::make_shared<Recorder>(hook);
-          if (admits_) connection->admit();
+          if (admits_) connection->admit(kMaxMessageBytes);
           recorder->hold(std::move(connection));
           const std::lock_guard lock(mutex_);
           accepted_.push_back(recorder);
@@ -209,7 +209,7 @@ TEST_F(TcpTransportTest, AStrangersMessagesAreSmallUntilItIsAdmitted) {
   const auto client = connect(address);
   client->connection()->send(numbered(0, 1000), testing::owned(pattern(0, 1000)));
   ASSERT_TRUE(accepted(3)->waitForFrames(1));
-  accepted(3)->connection()->admit();
+  accepted(3)->connection()->admit(kMaxMessageBytes);
   client->connection()->send(numbered(1, kMaxChunkBytes),
                              testing::owned(pattern(1, kMaxChunkBytes)));
   EXPECT_TRUE(accepted(3)->waitForFrames(2));

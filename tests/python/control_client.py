@@ -14,9 +14,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 WAIT_S = 30.0
 HELLO, WELCOME, PUSH, RESULT, ERROR, CANCEL, BYE = range(1, 8)
-RESEND = 17
+SETTLED, BEAT, RESEND = 12, 13, 17
 PROTOCOL_VERSION = 3
 WINDOW_BYTES = 1 << 20
+
+
+def promised(workers: int, window_bytes: int) -> int:
+    """What a reducer promises to a group."""
+    return workers * (2 * window_bytes + (128 << 10))
 
 
 class Client:

@@ -23,6 +23,7 @@ from control_client import (
     Exchange,
     crc32c,
     floats,
+    promised,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import Server, serving, started
@@ -109,7 +110,7 @@ def test_stats_count_what_happens(client: Client, open_stream: Callable[[], Exch
     assert group.job == b"0123456789abcdef".hex()
     assert (group.group, group.world_size, group.connected) == ("default", 2, 2)
     # A push of every rank, or its result.
-    assert group.reserved_bytes == stats.reserved_bytes == 2 * 2 * WINDOW_BYTES
+    assert group.reserved_bytes == stats.reserved_bytes == promised(2, WINDOW_BYTES)
 
 
 def test_jobs_do_not_see_each_other(open_stream: Callable[[], Exchange]) -> None:
@@ -176,7 +177,7 @@ def test_a_window_that_the_group_does_not_have_is_refused(client: Client, open_s
     for word in ("rank 1 (test-host:1)", "window 1073741824 B", "rank 0 (test-host:0)", "window 4096 B"):
         assert word in reply.text
     assert greedy.ended()
-    assert client.stats().reserved_bytes == 2 * 2 * 4096
+    assert client.stats().reserved_bytes == promised(2, 4096)
     # The place of rank 1 is free for one that fits.
     second = open_stream()
     second.join(rank=1, world_size=2, window_bytes=4096)
@@ -274,7 +275,7 @@ def test_a_push_whose_checksum_is_always_wrong_is_refused(client: Client, open_s
     assert "rank 1 (test-host:1) was lost" in told.text
     assert "wrong checksum" in told.text
     assert_works(other, seq=0)
-    assert client.stats().held_bytes == 0
+    assert client.stats().slots_open == 0
 
 
 def test_different_calls_are_named_to_every_rank(open_stream: Callable[[], Exchange]) -> None:
@@ -313,7 +314,7 @@ def test_memory_limit_refuses_a_group_that_does_not_fit() -> None:
         assert "--memory-limit" in reply.text
         assert too_much.ended()
         stats = client.stats()
-        assert stats.reserved_bytes == 2 * WINDOW_BYTES
+        assert stats.reserved_bytes == promised(1, WINDOW_BYTES)
         assert stats.refused == 1
         # What a group had is free when it has left.
         fits.close()
@@ -407,8 +408,9 @@ def test_nothing_is_held_when_all_have_left_in_the_middle(client: Client, open_s
         stream.join(rank=rank, world_size=2)
     for seq in range(20):
         streams[0].push([1.0] * 1000, seq=seq)
-    assert settled_stats(client, lambda stats: stats.slots_open == 20).held_bytes == 20 * 4000
+    held = settled_stats(client, lambda stats: stats.slots_open == 20).held_bytes
+    assert 20 * 4000 < held < 20 * (4000 + 2048), "slots and frames count, too"
     for stream in streams:
         stream.cut()
-    stats = settled_stats(client, lambda stats: stats.connections == 0)
+    stats = settled_stats(client, lambda stats: stats.connections == 0 and stats.held_bytes == 0)
     assert (stats.connections, stats.slots_open, stats.held_bytes, stats.reserved_bytes) == (0, 0, 0, 0)

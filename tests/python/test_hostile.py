@@ -9,17 +9,32 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from control_client import ERROR, HELLO, PROTOCOL_VERSION, PUSH, RESULT, WELCOME, Client, Exchange, floats
+from control_client import (
+    BEAT,
+    CANCEL,
+    ERROR,
+    HELLO,
+    PROTOCOL_VERSION,
+    PUSH,
+    RESULT,
+    WELCOME,
+    Client,
+    Exchange,
+    floats,
+    promised,
+)
 from raw_peer import BUSY, GREETING, dial, ended, frame_of, greet, message
 from servers import Server, serving
 
 MIB = 1 << 20
+MEMORY_LIMIT_BYTES = 64 * MIB
 STRANGER_BYTES_MAX = 64 << 10
 # Of one address, where a process may have 4096 descriptors and more.
 STRANGERS_MAX = 256
@@ -57,7 +72,7 @@ class Job:
 
 @pytest.fixture(name="server", scope="module")
 def a_server() -> Iterator[Server]:
-    with serving("--memory-limit", "64MiB") as server:
+    with serving("--memory-limit", str(MEMORY_LIMIT_BYTES)) as server:
         yield server
 
 
@@ -203,7 +218,7 @@ def test_by_grpc_a_large_message_before_the_hello_is_refused(client: Client, job
 
 
 def worker_by_tcp(server: Server, client: Client, **more: Any) -> tuple[socket.socket, Any]:
-    """A group of one, by the tcp transport, and the class of its frames."""
+    """A worker of a group of one, or as its hello says, by the tcp transport; and the class of its frames."""
     frame = client.message("reducer.v1.Frame")
     peer = greet(server.address)
     hello = {"version": PROTOCOL_VERSION, "job": b"it-does-not-read", "group": "g", "world_size": 1, "host": "h:1"}
@@ -233,7 +248,7 @@ def test_who_never_reads_results_is_closed_before_they_fill_the_memory(
         peer.settimeout(20.0)
         assert ended(peer)
     wait_until(lambda: client.stats().connections == 2, job)
-    assert client.stats().reserved_bytes == 4 * MIB  # the job's
+    assert client.stats().reserved_bytes == promised(2, MIB)  # the job's
     job.step()
 
 
@@ -253,7 +268,90 @@ def test_empty_results_that_nobody_reads_are_counted_too(server: Server, client:
                 if first % 50_000 == 0:
                     job.step()
         assert pushes < 1_000_000
-        assert resident_bytes(server) < before + 128 * MIB
+        assert resident_bytes(server) < before + MEMORY_LIMIT_BYTES + 16 * MIB
+        peer.settimeout(20.0)
+        assert ended(peer)
+    job.step()
+
+
+def test_chunks_that_wait_for_ever_keep_within_the_limit(server: Server, client: Client, job: Job) -> None:
+    """Each of a worker whose fellow never comes: empty ones, and small ones each in a buffer of its own."""
+    frame = client.message("reducer.v1.Frame")
+    before = resident_bytes(server)
+    beats = message(frame(kind=BEAT)) * 2000
+
+    def empty() -> Iterator[bytes]:
+        for first in range(0, 200_000, 500):
+            yield b"".join(
+                message(frame(kind=PUSH, seq=seq, collective=4, dtype=1)) for seq in range(first, first + 500)
+            )
+
+    def small() -> Iterator[bytes]:
+        for seq in range(5000):
+            yield message(frame(kind=PUSH, seq=seq, collective=1, op=1, dtype=1, count=2, length=8, payload=bytes(8)))
+            yield beats
+
+    for chunks, closes in ((empty(), True), (small(), False)):
+        peer, _ = worker_by_tcp(server, client, world_size=2)
+        with contextlib.closing(peer):
+            peer.settimeout(20.0)
+            with contextlib.suppress(ConnectionError):
+                for chunk in chunks:
+                    peer.sendall(chunk)
+            assert not closes or ended(peer)
+            assert resident_bytes(server) < before + MEMORY_LIMIT_BYTES + 16 * MIB
+        wait_until(lambda: client.stats().connections == 2, job)
+
+
+def test_floods_of_tiny_frames_leave_others_their_share() -> None:
+    """Words that cost a reducer more than their bytes, from more workers than it has threads."""
+    over = threading.Event()
+
+    def flood(peer: socket.socket, words: bytes) -> None:
+        with contextlib.suppress(ConnectionError):
+            while not over.is_set():
+                peer.sendall(words)
+
+    # A server of its own: what it has received of the flood keeps it at work for a while.
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving())
+        client = stack.enter_context(Client(server.address))
+        frame = client.message("reducer.v1.Frame")
+        words = b"".join(message(frame(kind=CANCEL, seq=seq, code=6, text="no")) for seq in range(30_000))
+        threads = []
+        for rank in range(4):
+            peer, _ = worker_by_tcp(server, client, rank=rank, world_size=5)
+            stack.enter_context(contextlib.closing(peer))
+            peer.settimeout(30.0)
+            threads.append(threading.Thread(target=flood, args=[peer, words]))
+            threads[-1].start()
+        victim, _ = worker_by_tcp(server, client, job=b"by-tcp-as-others")
+        stack.enter_context(contextlib.closing(victim))
+        steps = 0
+        try:
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                victim.sendall(message(frame(kind=PUSH, seq=steps, collective=4, dtype=1)))
+                assert frame_of(victim, frame).kind == RESULT
+                steps += 1
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert steps > 10
+
+
+def test_a_message_longer_than_the_window_is_refused_by_its_announcement(
+    server: Server, client: Client, job: Job
+) -> None:
+    frame = client.message("reducer.v1.Frame")
+    peer, _ = worker_by_tcp(server, client)
+    with contextlib.closing(peer):
+        peer.sendall(struct.pack("<II", 20, 2 * MIB))
+        assert (
+            "a message of 2097172 bytes; with the window that it announced the limit is" in frame_of(peer, frame).text
+        )
         peer.settimeout(20.0)
         assert ended(peer)
     job.step()

@@ -46,8 +46,8 @@ void ServerStream::accept() {
   read();
 }
 
-void ServerStream::admit() {
-  stranger_ = false;
+void ServerStream::admit(std::size_t message_bytes) {
+  message_max_ = message_bytes;
   if (guest_) guest_->leave();
 }
 

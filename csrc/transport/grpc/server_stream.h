@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "common/limits.h"
 #include "transport/grpc/core.h"
 #include "transport/grpc/stream.h"
 
@@ -20,7 +21,7 @@ class ServerStream final : public Stream {
   /// Waits for a worker to open a stream, and becomes its other end.
   void request();
   const ListenerState* listener() const override { return listener_.load(); }
-  void admit() override;
+  void admit(std::size_t message_bytes) override;
 
  private:
   struct Call {
@@ -36,7 +37,7 @@ class ServerStream final : public Stream {
   void onEvent(Op op, bool ok) override;
   void onReadEnd() override { closeAfterQueue(); }
   bool hasPeer() const override { return true; }
-  bool isStranger() const override { return stranger_; }
+  std::size_t messageMax() const override { return message_max_; }
   Status endReason() override;
   void accept();
 
@@ -45,7 +46,7 @@ class ServerStream final : public Stream {
   std::shared_ptr<ListenerState> origin_;
   std::atomic<const ListenerState*> listener_{nullptr};
   std::shared_ptr<net::Guest> guest_;
-  std::atomic<bool> stranger_{true};
+  std::atomic<std::size_t> message_max_{kMaxStrangerBytes};
   Tag start_tag_{*this, Op::kStart};
   Tag metadata_tag_{*this, Op::kMetadata};
   Tag done_tag_{*this, Op::kDone};

@@ -5,6 +5,7 @@
 #include "common/limits.h"
 #include "transport/grpc/core.h"
 #include "transport/grpc/message.h"
+#include "transport/message_limit.h"
 
 namespace reducer::transport::grpc_detail {
 namespace {
@@ -98,11 +99,8 @@ void Stream::onRead(bool ok) {
     const std::lock_guard lock(mutex_);
     closing = closing_;
   }
-  if (!closing && isStranger() && message.Length() > kMaxStrangerBytes) {
-    refuse(Status(Code::kInvalidArgument,
-                  "a message of " + std::to_string(message.Length()) +
-                      " bytes before it has said who it is; until then the limit is " +
-                      std::to_string(kMaxStrangerBytes)));
+  if (!closing && message.Length() > messageMax()) {
+    refuse(Status(Code::kInvalidArgument, tooLong(message.Length(), messageMax())));
   } else if (!closing) {
     auto decoded = fromMessage(message);
     message.Clear();  // the payload has its own references: what the handler drops is free

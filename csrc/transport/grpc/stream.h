@@ -40,7 +40,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   void abort(const Status& reason);
 
   /// As Connection::admit().
-  virtual void admit() {}
+  virtual void admit(std::size_t message_bytes) { (void)message_bytes; }
 
   const std::string& peer() const { return peer_; }
   /// The listener that accepted it, or null.
@@ -69,7 +69,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   /// There is somebody who can be told of a close. With mutex_ held.
   virtual bool hasPeer() const { return connected_; }
   /// Its messages have to be small.
-  virtual bool isStranger() const { return false; }
+  virtual std::size_t messageMax() const { return SIZE_MAX; }
   /// For onClosed, if it was not closed from here.
   virtual Status endReason() = 0;
 
@@ -145,7 +145,7 @@ class StreamConnection final : public Connection {
   void send(const wire::Frame& frame, Payload payload) override { stream_->send(frame, payload); }
   void close(const Status& reason, bool flush) override { stream_->close(reason, flush); }
   std::string peer() const override { return stream_->peer(); }
-  void admit() override { stream_->admit(); }
+  void admit(std::size_t message_bytes) override { stream_->admit(message_bytes); }
 
  private:
   const std::shared_ptr<Stream> stream_;

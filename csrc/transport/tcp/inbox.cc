@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/limits.h"
+#include "transport/message_limit.h"
 #include "wire/fields.h"
 
 namespace reducer::transport::tcp {
@@ -104,8 +105,7 @@ Inbox::Next Inbox::next(Payload& message, std::string& bad) {
     return Next::kBad;
   }
   if (std::size_t{header} + payload > limit_) {
-    bad = "a message of " + std::to_string(std::size_t{header} + payload) +
-          " bytes before it has said who it is; until then the limit is " + std::to_string(limit_);
+    bad = tooLong(std::size_t{header} + payload, limit_);
     return Next::kBad;
   }
   message_nbytes_ = kPrefixBytes + header + payload;

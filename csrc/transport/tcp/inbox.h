@@ -57,7 +57,7 @@ class Inbox {
   int space(iovec* pieces);
   void received(std::size_t nbytes) { nbytes_ += nbytes; }
 
-  /// No message may have more: of a peer that has not said who it is. From any thread.
+  /// No message may have more. From any thread.
   void limit(std::size_t nbytes) { limit_ = nbytes; }
 
   enum class Next { kMore, kFrame, kGoodbye, kBad };

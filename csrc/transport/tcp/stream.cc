@@ -20,8 +20,11 @@ namespace {
 constexpr Duration kLinger = std::chrono::seconds(5);
 constexpr Duration kLingerUnconnected = std::chrono::seconds(2);
 
-// After so many bytes in a row other connections come first.
+// After so many bytes in a row other connections come first, and after so long, looked at after
+// every few frames: tiny ones can be dear.
 constexpr std::size_t kTurnBytes = std::size_t{2} << 20;
+constexpr Duration kTurn = std::chrono::milliseconds(2);
+constexpr int kFramesALook = 16;
 
 /// True if there is room, or an error that the next write will meet.
 bool writable(int fd) {
@@ -88,10 +91,9 @@ void Stream::onSocket(net::Fd fd) {
 
 void Stream::onTlsWanted() { endSoon(net::tlsWanted(peer_)); }
 
-void Stream::admit() {
-  if (!guest_) return;
-  inbox_.limit(SIZE_MAX);
-  guest_->leave();
+void Stream::admit(std::size_t message_bytes) {
+  inbox_.limit(message_bytes);
+  if (guest_) guest_->leave();
 }
 
 void Stream::onExpired(const std::string& last_error) {
@@ -254,8 +256,10 @@ void Stream::receive() {
     if (ended_ || over_ || !established_) return;
     fd = fd_.get();
   }
+  const TimePoint turn_end = Clock::now() + kTurn;
   std::size_t taken = 0;
-  while (taken < kTurnBytes) {
+  if (std::exchange(cut_short_, false)) deliver(turn_end);
+  while (taken < kTurnBytes && !cut_short_) {
     iovec pieces[Inbox::kPiecesMax];
     msghdr header{};
     header.msg_iov = pieces;
@@ -274,40 +278,41 @@ void Stream::receive() {
     taken += nbytes;
     if (!deaf_) {
       inbox_.received(nbytes);
-      deaf_ = !deliver();
+      deliver(turn_end);
     }
     // Less than there was room for: that was all. What comes now is told by another event.
-    if (nbytes < room && !hung_) return;
+    if (nbytes < room && !hung_ && !cut_short_) return;
   }
-  if (taken < kTurnBytes) return end(lost());
+  if (taken < kTurnBytes && !cut_short_) return end(lost());
   core_.loop().post([self = shared_from_this()] { self->pump(); });
 }
 
-bool Stream::deliver() {
-  while (!closing_) {
+void Stream::deliver(TimePoint turn_end) {
+  deaf_ = true;
+  for (int frames = 1; !closing_; ++frames) {
+    if (frames % kFramesALook == 0 && Clock::now() > turn_end) {
+      deaf_ = false;
+      cut_short_ = true;
+      return;
+    }
     Payload message;
     std::string bad;
     switch (inbox_.next(message, bad)) {
       case Inbox::Next::kMore:
-        return true;
+        deaf_ = false;
+        return;
       case Inbox::Next::kBad:
-        refuse(bad);
-        return false;
+        return refuse(bad);
       case Inbox::Next::kGoodbye:
-        onGoodbye(message);
-        return false;
+        return onGoodbye(message);
       case Inbox::Next::kFrame:
         break;
     }
     auto decoded = wire::decode(message);
     message = {};
-    if (!decoded.ok()) {
-      refuse(decoded.status().message());
-      return false;
-    }
+    if (!decoded.ok()) return refuse(decoded.status().message());
     handler_->onFrame(std::move(decoded.value().frame), std::move(decoded.value().payload));
   }
-  return false;
 }
 
 void Stream::onGoodbye(const Payload& message) {

@@ -52,7 +52,7 @@ class Stream final : public Source,
   void abort(const Status& reason);
 
   /// The peer is a guest no more.
-  void admit();
+  void admit(std::size_t message_bytes);
 
   const std::string& peer() const { return peer_; }
   /// The listener that accepted it, or null.
@@ -82,8 +82,8 @@ class Stream final : public Source,
   void pump();
   void readOn();
   void receive();
-  /// Hands what has come to the handler. False: nothing more is to be read.
-  bool deliver();
+  /// Hands what has come to the handler, until the turn is over.
+  void deliver(TimePoint turn_end);
   void onGoodbye(const Payload& message);
   void refuse(const std::string& why);
   /// Nothing goes in or out any more. The reader finishes, once nobody writes.
@@ -106,7 +106,8 @@ class Stream final : public Source,
   // The reader's.
   std::shared_ptr<Handler> handler_;
   Inbox inbox_;
-  bool deaf_ = false;  // what comes is not looked at
+  bool deaf_ = false;       // what comes is not looked at
+  bool cut_short_ = false;  // whole messages may be in the inbox
 
   std::atomic<int> turns_{1};       // 0: nobody reads. Whoever makes the stream does, at first
   std::atomic<bool> hung_{false};   // an end or an error waits to be read
@@ -147,7 +148,7 @@ class StreamConnection final : public Connection {
   }
   void close(const Status& reason, bool flush) override { stream_->close(reason, flush); }
   std::string peer() const override { return stream_->peer(); }
-  void admit() override { stream_->admit(); }
+  void admit(std::size_t message_bytes) override { stream_->admit(message_bytes); }
 
  private:
   const std::shared_ptr<Stream> stream_;
