@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,27 @@ def _native_of(group: Any) -> _torch.ReducerBackend:
     return backend  # type: ignore[no-any-return]
 
 
+def _natives() -> list[_torch.ReducerBackend]:
+    """Of all groups that this rank is in."""
+    found = []
+    for group in c10d._world.pg_map:
+        with suppress(TypeError, RuntimeError, IndexError):  # another backend's
+            found.append(_native_of(group))
+    return found
+
+
+def _topic(backend: _torch.ReducerBackend) -> str:
+    return f"shrink/{backend.job.hex()}"
+
+
 def _survivors(backend: _torch.ReducerBackend, patience: float) -> list[int]:
     doors = _door.doors_of(backend.workers)
     host, _ = _door.split_address(doors[backend.rank()])
-    topic = f"shrink/{backend.job.hex()}"
-    outside = _agreement.agree(topic, backend.rank(), doors, _door.door_at(host), patience)
+    door = _door.door_at(host)
+    _door.renew_token()
+    # Others may have gone on to another group of this process already.
+    door.expect({_topic(one) for one in (backend, *_natives())})
+    outside = _agreement.agree(_topic(backend), backend.rank(), doors, door, patience)
     return [rank for rank in range(backend.size()) if rank not in outside.all]
 
 

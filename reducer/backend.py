@@ -146,6 +146,7 @@ def create(options: Any, backend_options: Options | None = None) -> _torch.Reduc
             tls_ca=settings.tls_ca,
             token_file=settings.token_file,
         )
+        _door.use_token(settings.token_file)
     except errors.ReducerError as error:
         _publish_failure(place, error)
         raise type(error)(place.says(str(error))) from None

@@ -121,7 +121,7 @@ class Rendezvous:
                 if time.monotonic() >= deadline:
                     raise errors.TimeoutError(self._too_few(record))
                 calls.step(pause)
-                self._door.hear("")  # lets go of those who have watched this worker
+                self._door.hear(None)  # lets go of those who have watched this worker
                 pause = min(_POLL_S_MAX, pause * 1.3)
 
     def _is_in(self, record: Record) -> bool:

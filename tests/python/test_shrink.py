@@ -312,7 +312,7 @@ def test_strangers_at_the_door_change_nothing() -> None:
         stranger = socket.create_connection(_door.split_address(doors[1].address))
         stranger.sendall(words)
         strangers.append(stranger)
-    lie = b'{"topic": "test", "rank": 7, "round": 0, "dead": [0, 1, 2], "silent": [], "decided": true}\n'
+    lie = b'{"topic": "test", "meeting": 1, "rank": 7, "round": 0, "dead": [0, 1, 2], "silent": [], "decided": true}\n'
     strangers[-1].sendall(lie)
     found = meet(doors, {0: 0.0, 1: 0.0, 2: 0.0}, 5.0)
     assert found == {0: set(), 1: set(), 2: set()}
