@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from rich.text import Text
 
+from reducer.errors import InvalidArgumentError
 from reducer.recorder import Call, Dump, Group
 
 _RANKS_NAMED = 16
@@ -50,12 +52,18 @@ class _View:
 
 
 def views_of(dumps: Iterable[Dump]) -> dict[str, dict[int, _View]]:
-    """By job of the group and rank; of several dumps of one rank the latest."""
+    """By job of the group and rank; of several dumps of one rank the latest. Raises InvalidArgumentError."""
     groups: dict[str, dict[int, _View]] = defaultdict(dict)
     for dump in dumps:
         by_id: dict[int, _View] = {}
         for group in dump.groups:
             view = _View(dump, group)
+            other = next(iter(groups[group.job].values()), view)
+            if other.group.world_size != group.world_size:
+                raise InvalidArgumentError(
+                    f"the dumps of rank {other.group.rank} and rank {group.rank} say that group '{group.name}' has "
+                    f"{other.group.world_size} and {group.world_size} ranks: one of them is not what its process wrote"
+                )
             before = groups[group.job].get(group.rank)
             if before is None or before.dump.time <= dump.time:
                 groups[group.job][group.rank] = view
@@ -72,7 +80,8 @@ def views_of(dumps: Iterable[Dump]) -> dict[str, dict[int, _View]]:
 
 
 def blame(dumps: Iterable[Dump]) -> list[Verdict]:
-    """A verdict for each group, those in which something is wrong first."""
+    """A verdict for each group, those in which something is wrong first. Raises InvalidArgumentError: a group of dumps
+    that cannot be of one job."""
     verdicts = [_Case(views).verdict() for views in views_of(dumps).values()]
     return sorted(verdicts, key=lambda verdict: verdict.kind == "fine")
 
@@ -285,7 +294,7 @@ class _Case:
         if peer is None or call.seq is None:
             return self._says("sending", [rank], call.seq, sentence)
         verb = "sent" if receives else "received"
-        if peer in self.absent:
+        if peer not in self.views:
             return self._says("sending", [peer], call.seq, sentence + self._no_dump())
         same = (call.source, call.to, call.tag, call.seq)
         there = [c for c in self.views[peer].pairs if (c.source, c.to, c.tag, c.seq) == same]
@@ -330,12 +339,12 @@ class _Case:
 
 
 def tables(dumps: Iterable[Dump]) -> list[Table]:
-    """A table for each group: how far every rank is."""
+    """A table for each group: how far every rank is. Raises as `blame`."""
     all_tables = []
     for views in views_of(dumps).values():
         case = _Case(views)
-        table = Table("rank", "host", "called", "last", "state", "for", "waits for", title=case.group.name)
+        table = Table("rank", "host", "called", "last", "state", "for", "waits for", title=Text(case.group.name))
         for rank in range(case.group.world_size):
-            table.add_row(str(rank), *case.row(rank))
+            table.add_row(str(rank), *map(Text, case.row(rank)))
         all_tables.append(table)
     return all_tables

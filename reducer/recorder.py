@@ -6,20 +6,29 @@ docs/flight-recorder.md says what is in it and how it is asked for. Nothing here
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reducer.errors import InvalidArgumentError, UnavailableError
+from reducer.errors import InvalidArgumentError, ReducerError, UnavailableError
 
 FORMAT = 1
 
 # How long a process may take to write its file. It is a thread's work of milliseconds, but hosts can be busy.
 _WRITE_S_MAX = 10.0
 _LOOK_AGAIN_S = 0.02
+
+# A file of a million calls, the most that a process keeps, has some 500 MB.
+_FILE_BYTES_MAX = 1 << 30
+_ANNOUNCEMENT_BYTES_MAX = 64 << 10
+_RANKS_MAX = 4096  # as in csrc/common/limits.h
 
 T = TypeVar("T")
 
@@ -100,39 +109,156 @@ class Dump:
     calls: tuple[Call, ...]  # the oldest first
 
 
-def _made(kind: type[T], entry: Mapping[str, Any], **parts: Any) -> T:
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in entry.items() if name in known}, **parts)
+# ---------------------------------------------------------------- from text
 
 
-def _call(entry: dict[str, Any]) -> Call:
-    waits_for = tuple(entry.pop("waits_for"))
-    return _made(Call, entry, source=entry.get("from"), waits_for=waits_for)
+def printable(text: str) -> str:
+    """With escapes for what a terminal would act on, or could not show."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def _group(entry: dict[str, Any]) -> Group:
-    return _made(Group, entry, hosts=tuple(entry.pop("hosts")))
+def _wrong(what: str) -> TypeError:
+    return TypeError(f"{what} is missing, or is not what it should be")
 
 
-def parse(text: str, source: str) -> Dump:
-    """Raises InvalidArgumentError that names the source."""
+def _int(value: Any) -> int:
+    if type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
+    raise TypeError
+
+
+def _count(value: Any) -> int:
+    if _int(value) < 0:
+        raise TypeError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
+    return float(_int(value))
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise TypeError
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    raise TypeError
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, list):
+        return tuple(map(_str, value))
+    raise TypeError
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "int": _int,
+    "float": _float,
+    "bool": _bool,
+    "str": _str,
+    "tuple[str, ...]": _texts,
+}
+_COUNTS = ("number", "seq", "count", "bytes", "called", "recorded", "entries", "rank", "world_size", "source", "to")
+
+
+def _fields_of(kind: type) -> list[tuple[str, str, bool, bool, Callable[[Any], Any]]]:
+    """Of each field that a file has as it is: its name, that in files, whether it must be there, may be null, and what
+    makes of its value what the field says, or raises TypeError."""
+    found = []
+    for one in fields(kind):
+        required = one.default is MISSING
+        text = str(one.type).removesuffix(" | None")
+        if text in _READERS:
+            read = _count if one.name in _COUNTS else _READERS[text]
+            told = "from" if one.name == "source" else one.name
+            found.append((one.name, told, required, text != one.type, read))
+    return found
+
+
+def _made(kind: type[T], entry: Any, known: list[tuple[str, str, bool, bool, Callable[[Any], Any]]], **parts: Any) -> T:
+    if not isinstance(entry, dict):
+        raise _wrong(kind.__name__)
+    for name, told, required, may_be_null, read in known:
+        if told in entry:
+            value = entry[told]
+            try:
+                parts[name] = None if value is None and may_be_null else read(value)
+            except TypeError:
+                raise _wrong(f"{kind.__name__}.{told}") from None
+        elif required:
+            raise _wrong(f"{kind.__name__}.{told}")
+    return kind(**parts)
+
+
+_CALL = _fields_of(Call)
+_GROUP = _fields_of(Group)
+_DUMP = _fields_of(Dump)
+
+
+def _group(entry: Any) -> Group:
+    group = _made(Group, entry, _GROUP)
+    if not group.rank < group.world_size <= _RANKS_MAX or len(group.hosts) > group.world_size:
+        raise _wrong("Group.world_size")
+    return group
+
+
+def _list(entry: Any, name: str) -> list[Any]:
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, list):
+        raise _wrong(name)
+    return value
+
+
+def parse(text: str | bytes, source: str) -> Dump:
+    """Raises InvalidArgumentError that names the source. Texts are `printable`."""
+    source = printable(source)
     try:
         entry = json.loads(text)
-        if entry["format"] != FORMAT:
+        if isinstance(entry, dict) and _count(entry.get("format")) != FORMAT:
             raise InvalidArgumentError(f"{source} has format {entry['format']}; this version of reducer reads {FORMAT}")
-        groups = tuple(_group(group) for group in entry.pop("groups"))
-        calls = tuple(_call(call) for call in entry.pop("calls"))
-        return _made(Dump, entry, groups=groups, calls=calls)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InvalidArgumentError(f"{source} is no dump of the flight recorder: {error!r}") from None
+        groups = tuple(map(_group, _list(entry, "groups")))
+        calls = tuple(_made(Call, call, _CALL) for call in _list(entry, "calls"))
+        sizes = {group.id: group.world_size for group in groups}
+        for call in calls:
+            size = sizes.get(call.group, _RANKS_MAX)
+            if (call.source or 0) >= size or (call.to or 0) >= size:
+                raise _wrong("Call.to")
+        return _made(Dump, entry, _DUMP, groups=groups, calls=calls)
+    except InvalidArgumentError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{source} is no dump of the flight recorder: {error}") from None
+
+
+def _contents(path: Path, bytes_max: int) -> bytes:
+    """Of a regular file, at most so many bytes. Raises OSError, ValueError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("is no regular file")
+        if found.st_size > bytes_max:
+            raise ValueError(f"has {found.st_size} bytes, and is no dump: none is larger than {bytes_max}")
+        return file.read(bytes_max)
 
 
 def read(path: Path) -> Dump:
     """Raises UnavailableError, InvalidArgumentError."""
     try:
-        return parse(path.read_text(), str(path))
+        text = _contents(path, _FILE_BYTES_MAX)
     except OSError as error:
-        raise UnavailableError(f"{path}: {error.strerror}") from None
+        raise UnavailableError(f"{printable(str(path))}: {error.strerror}") from None
+    except ValueError as error:
+        raise InvalidArgumentError(f"{printable(str(path))} {error}") from None
+    return parse(text, str(path))
 
 
 def dump() -> Dump | None:
@@ -164,7 +290,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
         files = sorted(path.glob("rank*.json"))
         jobs: dict[Path, float] = {}
         for file in path.glob("reducer-*/rank*.json"):
-            jobs[file.parent] = max(jobs.get(file.parent, 0.0), file.stat().st_mtime)
+            with suppress(OSError):  # it has gone meanwhile, or its folder is another user's
+                jobs[file.parent] = max(jobs.get(file.parent, 0.0), file.stat().st_mtime)
         if not files and jobs:
             files = sorted(max(jobs, key=lambda job: jobs[job]).glob("rank*.json"))
         found += files
@@ -193,12 +320,24 @@ def process(pid: int) -> Process | None:
         try:
             if not os.readlink(descriptor).startswith("/memfd:reducer-recorder"):
                 continue
-            told = json.loads(descriptor.read_text())
-        except (OSError, json.JSONDecodeError):
+            told = _announced(_contents(descriptor, _ANNOUNCEMENT_BYTES_MAX))
+        except (OSError, ValueError):
             continue
-        if told["pid"] == pid:  # else it was inherited
-            return Process(pid=pid, signal=told["signal"], folder=Path(told["folder"]))
+        if told is not None and told.pid == pid:  # else it was inherited
+            return told
     return None
+
+
+def _announced(text: bytes) -> Process | None:
+    """What a process says of itself; None: nothing that one of ours says."""
+    try:
+        told = json.loads(text)
+        pid, number, folder = _count(told["pid"]), _count(told["signal"]), told["folder"]
+    except (TypeError, ValueError, KeyError, RecursionError):
+        return None
+    if number > signal.SIGRTMAX or not isinstance(folder, str) or not folder.isprintable():
+        return None
+    return Process(pid=pid, signal=number, folder=Path(folder))
 
 
 def processes() -> list[Process]:
@@ -232,9 +371,10 @@ def request(target: Process) -> Callable[[], Path]:
         deadline = time.monotonic() + _WRITE_S_MAX
         while True:
             for file in target.folder.glob("reducer-*/rank*.json"):
-                # A file system's clock may lag behind by a tick.
-                if file.stat().st_mtime > asked_at - 0.05 and read(file).pid == pid:
-                    return file
+                with suppress(OSError, ReducerError):  # another's, which is being replaced or is no dump
+                    # A file system's clock may lag behind by a tick.
+                    if file.stat().st_mtime > asked_at - 0.05 and read(file).pid == pid:
+                        return file
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"process {pid} wrote no dump below {target.folder} within {_WRITE_S_MAX:g} s: it is stopped, or "

@@ -78,7 +78,8 @@ class Generation:
 
 
 class Rendezvous:
-    """Thread safety: one thread. Every method raises UnavailableError if the store is gone."""
+    """Thread safety: one thread. Every method raises UnavailableError if the store is gone, and MismatchError if what
+    it has is no record of this version."""
 
     def __init__(
         self, record: SharedRecord, me: Worker, door: Door, terms: Terms, *, timeout_s: float, patience_s: float,

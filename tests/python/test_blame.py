@@ -262,7 +262,8 @@ def test_groups_are_apart_and_the_latest_dump_of_a_rank_counts() -> None:
 
 
 def test_the_table_shows_every_rank() -> None:
-    dumps = [dump(0, [*done(2), call(2, "started", waits_for=["rank 1 (h1:91)"])], world_size=3), dump(1, done(2))]
+    dumps = [dump(0, [*done(2), call(2, "started", waits_for=["rank 1 (h1:91)"])], world_size=3)]
+    dumps.append(dump(1, done(2), world_size=3))
     (table,) = tables(dumps)
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from door_words import TOPIC, dial, keys_of, line_of, token_file, word
 from ranks import Ranks, here
 
 import reducer
@@ -28,37 +28,11 @@ from reducer import _agreement, _door
 from reducer._keys import Keys
 
 SOON_S = 30.0
-TOPIC = "shrink/00112233445566778899aabbccddeeff"
-
-
-def token_file(folder: Path, name: str = "token", token: str | None = None) -> Path:
-    path = folder / name
-    path.write_text((token or secrets.token_hex(16)) + "\n")
-    return path
-
-
-def keys_of(path: Path) -> Keys:
-    keys = Keys()
-    keys.use(str(path))
-    return keys
 
 
 @pytest.fixture(params=["signed", "unsigned"], name="keys")
 def keys_or_none(request: pytest.FixtureRequest, tmp_path: Path) -> Keys:
     return keys_of(token_file(tmp_path)) if request.param == "signed" else Keys()
-
-
-def word(rank: int, **more: Any) -> dict[str, Any]:
-    said = {"topic": TOPIC, "meeting": 1, "rank": rank, "round": 0, "dead": [], "silent": [], "decided": False}
-    return {**said, **more}
-
-
-def line_of(message: dict[str, Any], keys: Keys) -> bytes:
-    return keys.line(json.dumps(message).encode()) + b"\n"
-
-
-def dial(door: _door.Door) -> socket.socket:
-    return socket.create_connection(_door.split_address(door.address), timeout=SOON_S)
 
 
 def hear(door: _door.Door, topic: str, count: int) -> list[dict[str, Any]]:
