@@ -30,7 +30,7 @@ help: ## this table
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 	@echo
 	@echo 'netlab takes SCENARIO, as 8+8 or 8+4,8+0 (default: all); perf-check takes ARGS=--update;'
-	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS); test-python and test-integrations take ARGS for pytest;'
+	@echo 'fuzz-smoke takes FUZZ_SECONDS=$(FUZZ_SECONDS), fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES); test-python and test-integrations take ARGS for pytest;'
 	@echo 'sim-soak takes SEEDS, its number of jobs;'
 	@echo 'chaos takes ARGS such as "--minutes 1 --seed 7 --verbose";'
 	@echo 'torch-suite takes ARGS such as "--backend reducer --world-size 3 -k barrier", or --list.'
@@ -91,7 +91,9 @@ fuzz-smoke: setup ## libFuzzer on every parser, FUZZ_SECONDS each
 	done
 
 fuzz: FUZZ_SECONDS = 1800
-fuzz: fuzz-smoke ## the same, half an hour each
+FUZZ_EXAMPLES ?= 20000
+fuzz: fuzz-smoke ## the same, half an hour each, and Hypothesis on Python's parsers, FUZZ_EXAMPLES for each
+	REDUCER_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/python -m pytest --timeout 3600 tests/python/test_parsers.py
 
 test-python: setup ## pytest: the backend, the reducers, the command line, as real processes
 	$(VENV)/python -m pytest $(ARGS)

@@ -302,7 +302,7 @@ class Session:
         self._next_look = time.monotonic() + _LOOK_S
         try:
             return self._rendezvous.somebody_waits()
-        except errors.UnavailableError as error:
+        except (errors.UnavailableError, errors.MismatchError) as error:
             self._blind = True
             log.warning("reducer: elastic: %s. Training goes on; the next loss of a worker ends it", error)
             return False

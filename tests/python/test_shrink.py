@@ -203,6 +203,10 @@ def test_no_majority_goes_on_by_itself() -> None:
         assert "ranks 1, 2 did not come within 2.5 s and may be alive" in outcomes[0].error, outcomes[0].error
         assert "[rank 3, group" in outcomes[1].error
         assert time.monotonic() - began < SOON_S
+        # The others hear of it when they come; then all of them try again.
+        outcomes = ranks.try_call(shrink_late, 0.0, 2.5, only=[1, 2])
+        assert {outcome.kind for outcome in outcomes} <= {"AbortedError", "UnavailableError"}
+        assert ranks.call(shrink_late, 0.0, SOON_S) == [[0, 1, 2, 3]] * N
 
 
 # ---------------------------------------------------------------- the agreement itself
