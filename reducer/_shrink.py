@@ -41,8 +41,8 @@ def shrink(group: dist.ProcessGroup | None = None, *, timeout: float | timedelta
 
     Blocks. Thread safety: one call at a time, while no other thread uses `group`. Raises TypeError (not a group of
     this backend), UnavailableError (too few came to be sure that no other part of the group goes on by itself),
-    AbortedError (the others went on without this rank), TimeoutError. After an error the group is aborted. All ranks that
-    live may call it again then.
+    AbortedError (the others went on without this rank), TimeoutError. After an error the group is aborted; all
+    ranks that live may call it again.
     """
     old: Any = group if group is not None else c10d._get_default_group()
     patience = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
