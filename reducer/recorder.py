@@ -370,7 +370,10 @@ def request(target: Process) -> Callable[[], Path]:
     def wait() -> Path:
         deadline = time.monotonic() + _WRITE_S_MAX
         while True:
-            for file in target.folder.glob("reducer-*/rank*.json"):
+            files: list[Path] = []
+            with suppress(OSError):  # the process may have told anything
+                files += target.folder.glob("reducer-*/rank*.json")
+            for file in files:
                 with suppress(OSError, ReducerError):  # another's, which is being replaced or is no dump
                     # A file system's clock may lag behind by a tick.
                     if file.stat().st_mtime > asked_at - 0.05 and read(file).pid == pid:

@@ -389,7 +389,8 @@ def test_announcements(text: bytes) -> None:
     if told is not None:
         assert told.pid >= 0
         assert 0 <= told.signal <= 64
-        assert list(told.folder.glob("reducer-x/nothing")) == []
+        with contextlib.suppress(OSError):  # a name that is too long
+            assert list(told.folder.glob("reducer-x/nothing")) == []
     assert recorder._announced(json.dumps(ANNOUNCED[0]).encode()) is not None
 
 
