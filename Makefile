@@ -90,9 +90,10 @@ fuzz-smoke: setup ## libFuzzer on every parser, FUZZ_SECONDS each
 	    -artifact_prefix=build/fuzz/ build/fuzz/found/$$name tests/fuzz/corpus/$${name%_fuzz}; \
 	done
 
-fuzz: FUZZ_SECONDS = 1800
+fuzz: FUZZ_SECONDS = 600
 FUZZ_EXAMPLES ?= 20000
-fuzz: fuzz-smoke ## the same, half an hour each, and Hypothesis on Python's parsers, FUZZ_EXAMPLES for each
+fuzz: fuzz-smoke ## the same for half an hour, what it reached, and Hypothesis on Python's parsers, FUZZ_EXAMPLES for each
+	tests/fuzz/coverage.sh
 	REDUCER_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/python -m pytest --timeout 3600 tests/python/test_parsers.py
 
 test-python: setup ## pytest: the backend, the reducers, the command line, as real processes
