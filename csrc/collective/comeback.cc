@@ -123,8 +123,7 @@ void GroupState::comebackFailed(OwnerIndex owner, const Status& reason) {
     Standing& standing = standing_[owner];
     member = !standing.lost;
     standing.link = Standing::Link::kNone;
-    standing.retry_at = transport_.now() + standing.patience;
-    standing.patience = std::min(2 * standing.patience, kLastPatience);
+    tryLater(standing, kLastPatience);
     attempt = standing.attempt;
     // That nobody answers is usual; that somebody answers with an error, somebody should know.
     const bool refused = !reason.ok() && reason.code() != Code::kUnavailable;
@@ -141,12 +140,17 @@ void GroupState::comebackFailed(OwnerIndex owner, const Status& reason) {
   if (attempt != 0) tellLeader(wire::FrameKind::kLost, owner, 0, reason.message());
 }
 
+void GroupState::tryLater(Standing& standing, Duration longest) {
+  standing.patience = std::min(standing.patience, longest);
+  standing.retry_at = transport_.now() + standing.patience;
+  standing.patience = std::min(2 * standing.patience, longest);
+}
+
 void GroupState::giveUpComeback(OwnerIndex owner, std::vector<Link::Taken>& taken) {
   Standing& standing = standing_[owner];
   if (standing.link == Standing::Link::kNone) return;
   standing.link = Standing::Link::kNone;
-  standing.retry_at = transport_.now() + standing.patience;
-  standing.patience = std::min(2 * standing.patience, kLastPatience);
+  tryLater(standing, standing.fruitless < kFruitlessMax ? kLastPatience : kFruitlessPatience);
   taken.push_back(links_[owner]->takeAway());
 }
 

@@ -226,6 +226,7 @@ void GroupState::adoptMembers(const wire::Frame& frame, Change& change) {
       standing.link = Standing::Link::kNone;
       standing.patience = kFirstPatience;
       standing.told = false;
+      standing.fruitless = 0;
       standing.retry_at = now + standing.patience;
     } else if (!lost && standing.lost) {
       change.back.push_back(owner);
@@ -234,6 +235,9 @@ void GroupState::adoptMembers(const wire::Frame& frame, Change& change) {
       standing.since = frame.slot.seq;
       links_[owner]->enterEpoch(frame.epoch);
     } else if (lost && standing.attempt != 0) {
+      // (Where another change of owners came between, the attempt was not to blame.)
+      const bool fruitless = frame.epoch == epoch_;
+      if (fruitless && ++standing.fruitless == kFruitlessMax) change.unreached.push_back(owner);
       giveUpComeback(owner, change.taken);
     } else if (lost && standing.link == Standing::Link::kOpen) {
       change.waiting.push_back(owner);
@@ -290,6 +294,15 @@ void GroupState::warn(const Change& change, const std::string& why) const {
                  "reducer: warning: group '%s': lost %s (%s); what it did is done by %s from now "
                  "on, and nothing else is lost\n",
                  config_.name.c_str(), names(change.lost).c_str(), why.c_str(), heirs.c_str());
+  }
+  if (!change.unreached.empty()) {
+    std::fprintf(
+        stderr,
+        "reducer: warning: group '%s': %s is there again, and %d attempts in a row to take "
+        "it in have failed (%s); the job goes on without it, and tries again, less and "
+        "less often, at least every %.0f s\n",
+        config_.name.c_str(), names(change.unreached).c_str(), kFruitlessMax, why.c_str(),
+        std::chrono::duration<double>(kFruitlessPatience).count());
   }
   if (!change.back.empty()) {
     std::fprintf(stderr, "reducer: warning: group '%s': %s is back, and takes part again\n",

@@ -145,10 +145,10 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   const std::string& address = addressOf(owner);
   link.name =
       owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
-  link.connect = [this, address,
-                  local = link.in_process](std::shared_ptr<transport::Handler> handler) {
+  link.connect = [this, address, local = link.in_process](
+                     std::shared_ptr<transport::Handler> handler, Duration timeout) {
     if (local) return local_.connectLocal(std::move(handler));
-    return transport_.connect(address, std::move(handler), config_.settings.connect_timeout);
+    return transport_.connect(address, std::move(handler), timeout);
   };
   return std::make_shared<Link>(std::move(link), weak_from_this());
 }

@@ -132,15 +132,17 @@ class GroupState final : public LinkEvents,
     Link link = Link::kNone;
     std::uint32_t attempt = 0;  // of rank 0's reducer, to take it in again; 0: none
     TimePoint retry_at;         // rank 0 looks for it
-    bool told = false;          // that it refuses the group
     Duration patience{};
+    bool told = false;  // that it refuses the group
+    int fruitless = 0;  // attempts in a row that some worker could not follow
   };
   /// What a change of owners leaves to be done without the lock.
   struct Change {
     std::vector<OwnerIndex> lost;
     std::vector<OwnerIndex> back;
-    std::vector<OwnerIndex> waiting;  // rank 0 has a connection to them, and nobody has asked
-    std::size_t left = 0;             // standalone reducers that take part now
+    std::vector<OwnerIndex> waiting;    // rank 0 has a connection to them, and nobody has asked
+    std::vector<OwnerIndex> unreached;  // by some worker, time and again
+    std::size_t left = 0;               // standalone reducers that take part now
     std::vector<Link::Taken> taken;
     /// What cannot go on, and why.
     std::vector<std::pair<std::shared_ptr<Operation>, Status>> orphans;
@@ -148,6 +150,9 @@ class GroupState final : public LinkEvents,
     Queued rest;                                      // of those that are over
   };
   static constexpr Duration kFirstPatience = std::chrono::milliseconds(500);
+  /// Attempts after which somebody should know, and less is to be spent on them.
+  static constexpr int kFruitlessMax = 3;
+  static constexpr Duration kFruitlessPatience = std::chrono::seconds(30);
 
   // All of these are called with the lock held.
   bool isMember(OwnerIndex owner, std::uint64_t seq) const {
@@ -155,6 +160,8 @@ class GroupState final : public LinkEvents,
   }
   std::size_t serversLeft() const;
   void adoptMembers(const wire::Frame& frame, Change& change);
+  /// When rank 0 looks for a lost owner again.
+  void tryLater(Standing& standing, Duration longest);
   /// Leaves a lost owner again, whatever had been achieved.
   void giveUpComeback(OwnerIndex owner, std::vector<Link::Taken>& taken);
   /// What waited starts.

@@ -17,6 +17,9 @@ constexpr std::size_t kAwaitedMax = 1024;
 // After a hello, or, where the owner was there before, after the first attempt to reach it.
 constexpr Duration kWelcomeWithin = std::chrono::seconds(10);
 
+// Of an owner that comes back. Less than the leader waits (kReturnWithin), so that it hears why.
+constexpr Duration kReachWithin = std::chrono::seconds(8);
+
 }  // namespace
 
 Link::Link(Config config, std::weak_ptr<LinkEvents> events)
@@ -47,8 +50,10 @@ void Link::open() {
 }
 
 void Link::connect(std::uint64_t generation) {
+  const Duration timeout =
+      generation == 0 ? config_.connect_timeout : std::min(config_.connect_timeout, kReachWithin);
   std::shared_ptr<transport::Connection> connection =
-      config_.connect(std::make_shared<Ear>(shared_from_this(), generation));
+      config_.connect(std::make_shared<Ear>(shared_from_this(), generation), timeout);
   wire::Frame hello;
   hello.kind = wire::FrameKind::kHello;
   hello.hello = config_.hello;

@@ -54,8 +54,9 @@ class Link final : public std::enable_shared_from_this<Link> {
     bool failover = false;  ///< pieces may move to or from this owner
     bool losable = false;   ///< a standalone reducer: what it answers is kept until all have it
     wire::Hello hello;
-    /// Starts the connection; called at first use.
-    std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>)>
+    /// Starts the connection; called at first use, and when an owner comes back.
+    std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>,
+                                                         Duration timeout)>
         connect;
   };
 

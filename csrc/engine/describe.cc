@@ -5,7 +5,6 @@
 #include <utility>
 
 namespace reducer::engine {
-namespace {
 
 std::string list(const std::vector<std::string>& names) {
   constexpr std::size_t kNamed = 16;
@@ -14,8 +13,6 @@ std::string list(const std::vector<std::string>& names) {
   if (names.size() > kNamed) text += " and " + std::to_string(names.size() - kNamed) + " more";
   return text;
 }
-
-}  // namespace
 
 std::string seconds(Duration duration) {
   char text[32];

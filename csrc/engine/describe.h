@@ -33,6 +33,9 @@ std::string describe(const wire::Call& call);
 /// "rank 3 (host:pid)"; an empty `host`: it has not connected.
 std::string nameRank(Rank rank, const std::string& host);
 
+/// "rank 1 (a:311), rank 2 (c:97) and 5 more".
+std::string list(const std::vector<std::string>& names);
+
 /// "group 'default', collective #7".
 std::string nameCollective(const std::string& group, std::uint64_t number);
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/planted.h"
+#include "engine/describe.h"
 #include "server/session.h"
 
 namespace reducer::server {
@@ -9,6 +10,37 @@ namespace {
 
 /// For all workers to connect to an owner that comes back, and to hold.
 constexpr Duration kReturnWithin = std::chrono::seconds(10);
+
+/// Ranks that have not done the step that an attempt is at.
+std::vector<std::string> missingFrom(const ServerState::GroupRecord& record) {
+  std::vector<std::string> names;
+  for (Rank rank = 0; rank < record.world_size; ++rank) {
+    if (record.returning->said.contains(rank)) continue;
+    const auto found = record.ranks.find(rank);
+    names.push_back(engine::nameRank(rank, found == record.ranks.end() ? "" : found->second));
+  }
+  return names;
+}
+
+/// Why an attempt was of no use: a rank has lost the owner again, or never reached it.
+std::string describeFailure(const ServerState::GroupRecord& record, const wire::Hello& hello,
+                            const std::string& why) {
+  std::string text = engine::nameRank(hello.rank, hello.host) + " says: " + why;
+  if (record.returning->holding) return text;
+  std::vector<std::string> others = missingFrom(record);
+  std::erase(others, engine::nameRank(hello.rank, hello.host));
+  if (!others.empty()) text += "; not connected to it yet: " + engine::list(others);
+  return text;
+}
+
+/// The same where the time is up.
+std::string describeExpiry(const ServerState::GroupRecord& record) {
+  const std::string text = engine::list(missingFrom(record));
+  return text +
+         (record.returning->holding ? " did not hold the next collective"
+                                    : " had no connection to it") +
+         " within " + engine::seconds(kReturnWithin);
+}
 
 }  // namespace
 
@@ -77,10 +109,13 @@ void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
     const auto found = groups.find(hello.job);
     if (found == groups.end()) return;
     GroupRecord& record = found->second;
+    const std::uint32_t epoch = record.epoch;
+    std::string fruitless;
     bool changed = false;
     for (const std::uint32_t owner : frame.owners) {
       if (record.returning && record.returning->owner == owner) {
         // It was not to be. All hear that, and go on with those that they have.
+        fruitless = describeFailure(record, hello, frame.text);
         record.returning.reset();
         changed = true;
       }
@@ -94,7 +129,9 @@ void ServerState::lose(const wire::Hello& hello, const wire::Frame& frame) {
     }
     if (!changed) return;
     record.returning.reset();  // begun in another epoch
-    tell(hello.job, newsOf(record));
+    wire::Frame news = newsOf(record);
+    if (record.epoch == epoch) news.text = fruitless;
+    tell(hello.job, std::move(news));
   }
   told();
 }
@@ -236,8 +273,10 @@ void ServerState::expireReturns(TimePoint now) {
     const std::lock_guard lock(registry_mutex);
     for (auto& [job, record] : groups) {
       if (!record.returning || now < record.returning->deadline) continue;
+      wire::Frame news = newsOf(record);
+      news.text = describeExpiry(record);
       record.returning.reset();
-      tell(job, newsOf(record));
+      tell(job, std::move(news));
     }
   }
   told();

@@ -72,6 +72,105 @@ TEST(Failover, AWorkersDeathIsToldToThoseWhoHaveNoConnectionToIt) {
   }
 }
 
+// ------------------------------------------------------------------ returns, in virtual time
+
+std::size_t countOf(const std::string& text, const std::string& part) {
+  std::size_t count = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
+    ++count;
+  }
+  return count;
+}
+
+/// One all-reduce of known numbers on every rank; they end where they should.
+void allReduceTogether(SimCluster& cluster) {
+  const auto n = static_cast<std::size_t>(cluster.workers());
+  std::vector<std::vector<float>> data(n, std::vector<float>(20'000, 2.0f));
+  std::vector<Outcome> outcomes(n);
+  for (Rank r = 0; r < cluster.workers(); ++r) {
+    cluster.group(r).allReduce(data[r].data(), data[r].data(), data[r].size(), DataType::kFloat32,
+                               ReduceOp::kSum, within(std::chrono::seconds(10)),
+                               outcomes[r].callback());
+  }
+  ASSERT_TRUE(cluster.finish(outcomes));
+  for (std::size_t r = 0; r < n; ++r) {
+    EXPECT_TRUE(outcomes[r].status.ok()) << outcomes[r].status.message();
+    EXPECT_EQ(data[r], std::vector<float>(20'000, 2.0f * static_cast<float>(n)));
+  }
+}
+
+// A firewall between one worker and one reducer, say.
+TEST(Returns, AReducerThatOneWorkerCannotReachIsToldOfOnceAndTriedLessAndLess) {
+  ClusterOptions options = clusterOf(Algorithm::kServer, 3, 2, 1);
+  options.settings.heartbeat = std::chrono::milliseconds(400);
+  SimCluster cluster(options);
+  allReduceTogether(cluster);
+  ::testing::internal::CaptureStderr();
+  cluster.network().cut("worker2", "server1");
+  const auto takingPart = [&](std::uint64_t servers, Duration limit) {
+    return cluster.network().runUntil(
+        [&] { return cluster.group(0).counters().servers == servers; }, limit);
+  };
+  EXPECT_TRUE(takingPart(1, std::chrono::seconds(2)));
+  std::vector<TimePoint> attempts;  // a connection where none was
+  std::uint64_t connections = 1;
+  EXPECT_FALSE(cluster.network().runUntil(
+      [&] {
+        const std::uint64_t before = connections;
+        connections = cluster.reducers()[1]->stats().connections;
+        if (before == 0 && connections > 0) attempts.push_back(cluster.network().now());
+        return cluster.group(0).counters().servers == 2;
+      },
+      std::chrono::seconds(240)));
+  allReduceTogether(cluster);
+  const std::string warnings = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(countOf(warnings, "reducer: warning:"), 2U) << warnings;  // the loss, and this
+  EXPECT_EQ(countOf(warnings,
+                    "the reducer at server1:7000 is there again, and 3 attempts in a row to take "
+                    "it in have failed (rank 2 (worker2:1) says: server1:7000 did not answer"),
+            1U)
+      << warnings;
+  ASSERT_GE(attempts.size(), 5U);
+  EXPECT_LE(attempts.size(), 11U);
+  EXPECT_LE(attempts[1] - attempts[0], std::chrono::seconds(12));
+  for (std::size_t i = 1; i < attempts.size(); ++i) {
+    EXPECT_LE(attempts[i] - attempts[i - 1], std::chrono::seconds(42)) << i;
+  }
+  EXPECT_GE(attempts.back() - attempts[attempts.size() - 2], std::chrono::seconds(30));
+
+  cluster.network().mend("worker2", "server1");
+  ::testing::internal::CaptureStderr();
+  EXPECT_TRUE(takingPart(2, std::chrono::seconds(42)));
+  allReduceTogether(cluster);
+  // All is forgotten: the next loss is mended at once.
+  cluster.network().sever("worker1", "server1");
+  EXPECT_TRUE(takingPart(1, std::chrono::seconds(1)));
+  EXPECT_TRUE(takingPart(2, std::chrono::seconds(6)));
+  allReduceTogether(cluster);
+  const std::string after = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(countOf(after, "the reducer at server1:7000 is back"), 2U) << after;
+  EXPECT_EQ(countOf(after, "attempts in a row"), 0U) << after;
+}
+
+TEST(Returns, AllWorkersThatCannotReachItAreNamed) {
+  ClusterOptions options = clusterOf(Algorithm::kServer, 4, 2, 1);
+  options.settings.heartbeat = std::chrono::milliseconds(400);
+  SimCluster cluster(options);
+  allReduceTogether(cluster);
+  ::testing::internal::CaptureStderr();
+  cluster.network().cut("worker1", "server0");
+  cluster.network().cut("worker3", "server0");
+  cluster.network().runUntil([] { return false; }, std::chrono::seconds(60));
+  allReduceTogether(cluster);
+  const std::string warnings = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(countOf(warnings, "attempts in a row"), 1U) << warnings;
+  const std::string line = warnings.substr(warnings.find("attempts in a row"));
+  for (const char* rank : {"rank 1 (worker1:1)", "rank 3 (worker3:1)"}) {
+    EXPECT_EQ(countOf(line, rank), 1U) << line;
+  }
+  for (const char* rank : {"rank 0 (", "rank 2 ("}) EXPECT_EQ(countOf(line, rank), 0U) << line;
+}
+
 // ------------------------------------------------------------------ real threads, real time
 
 /// One rank's calls, one after the other, until it is told to stop; sums of known numbers.
