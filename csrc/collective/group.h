@@ -182,7 +182,8 @@ class Group {
   /// Leaves in good order: fails what is outstanding with kAborted, says goodbye to the owners and
   /// starts to close the connections. Idempotent; the destructor does it too.
   virtual void close() = 0;
-  /// Waits (real time) until every connection is closed. False if that took longer than `timeout`.
+  /// Waits (real time) until every connection is closed, for those to standalone reducers half a
+  /// second at most. False if not all are.
   virtual bool waitClosed(Duration timeout) = 0;
 };
 

@@ -25,6 +25,10 @@ constexpr Duration kGrace = std::chrono::milliseconds(1000);
 // A worker that is lost may have had its part in calls whose answers are still on their way.
 constexpr Duration kLostGrace = std::chrono::milliseconds(200);
 
+// Of a standalone reducer. Nobody waits for its answers any more, and it may be stopped; what it is
+// told goes on its way all the same.
+constexpr Duration kServerGoodbye = std::chrono::milliseconds(500);
+
 std::uint64_t fnv1a(const std::string& text) {
   std::uint64_t hash = 0xCBF29CE484222325ULL;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3ULL;
@@ -465,11 +469,15 @@ void GroupState::onLinkClosed() {
 }
 
 bool GroupState::waitClosed(Duration timeout) {
+  const auto closed = [](const auto& link) { return link->closed(); };
+  const auto servers = links_.begin() + config_.world_size;
+  const auto all = [&] { return std::all_of(links_.begin(), links_.end(), closed); };
+  const auto workers = [&] { return std::all_of(links_.begin(), servers, closed); };
+  const Duration first = std::min(timeout, kServerGoodbye);
   std::unique_lock lock(mutex_);
-  return link_closed_.wait_for(lock, timeout, [this] {
-    return std::all_of(links_.begin(), links_.end(),
-                       [](const auto& link) { return link->closed(); });
-  });
+  if (link_closed_.wait_for(lock, first, all)) return true;
+  link_closed_.wait_for(lock, timeout - first, workers);
+  return all();
 }
 
 GroupCounters GroupState::counters() {

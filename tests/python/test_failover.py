@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, ready_address, start_reducer
+from ranks import Ranks, init_group, ready_address, start_reducer
 from test_backend_answer import contribution
 
 import reducer
@@ -196,6 +196,39 @@ def test_a_reducer_that_is_told_to_stop_hands_over_at_once() -> None:
         assert "reducer stopped\n" in processes[0].stdout.read()
     assert max(longest for _, longest in rounds) < 2.0, rounds
     assert "the reducer was told to stop" in logs
+
+
+def end_and_begin_again(pid: int) -> float:
+    """How long the end of the default group takes when a reducer has just been stopped, which nobody has noticed;
+    then that goes on, and there is another group."""
+    dist.barrier()
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        os.kill(pid, signal.SIGSTOP)
+        store.set("stopped", "")
+    store.wait(["stopped"])
+    began = time.monotonic()
+    dist.destroy_process_group()
+    took = time.monotonic() - began
+    if rank == 0:
+        os.kill(pid, signal.SIGCONT)
+    init_group("again")
+    return took
+
+
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_a_reducer_that_is_silent_does_not_hold_up_the_end_of_a_group(transport: str) -> None:
+    with (
+        killable_reducers(2) as (processes, addresses),
+        Ranks(3, steady(addresses, REDUCER_TRANSPORT=transport, REDUCER_HEARTBEAT="30")) as ranks,
+    ):
+        ranks.call(reduce_and_check, 0.2, [7, 300_000])
+        took = ranks.call(end_and_begin_again, processes[0].pid)
+        assert max(took) < 1.0, took
+        ranks.call(reduce_and_check, 0.2, [7, 300_000])
+        assert ranks.call(servers_taking_part) == [2, 2, 2]
+        logs = ranks.logs()
+    assert "reducer: warning" not in logs, logs
 
 
 def test_a_worker_that_stops_is_missed_after_a_heartbeat() -> None:
