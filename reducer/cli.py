@@ -213,6 +213,14 @@ def dump(
         list[int] | None,
         typer.Argument(metavar="PID", help="Processes of this host (default: all of yours that have a group)."),
     ] = None,
+    job: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB",
+            help="Only your processes of one job: how its number begins, as in reducer-JOB or `reducer stats`, or the "
+            "name of one of its groups.",
+        ),
+    ] = None,
 ) -> None:
     """Have running workers write their flight recorders, and print where.
 
@@ -224,13 +232,22 @@ def dump(
     Example, on each host of a job that hangs:
     reducer dump && reducer blame
 
-    The exit status is 1 if a process wrote nothing within 10 seconds.
+    Where several jobs share the host, of one of them:
+    reducer dump --job 1a2b3c4d
+
+    The exit status is 1 if there is no such process, if JOB fits several jobs
+    (which are listed then), or if a process wrote nothing within 10 seconds.
     """
     from reducer import recorder
 
     asked = []
     failed = False
-    chosen = [(pid, recorder.process(pid)) for pid in pids or ()] or [(one.pid, one) for one in recorder.processes()]
+    if pids and job is not None:
+        raise typer.BadParameter("give processes or a job, not both", param_hint="--job")
+    if pids:
+        chosen = [(pid, recorder.process(pid)) for pid in pids]
+    else:
+        chosen = [(one.pid, one) for one in (recorder.processes() if job is None else recorder.of_job(job))]
     if not chosen:
         raise ReducerError("no process of yours on this host has a group of reducer")
     for pid, process in chosen:

@@ -27,7 +27,7 @@ _LOOK_AGAIN_S = 0.02
 
 # A file of a million calls, the most that a process keeps, has some 500 MB.
 _FILE_BYTES_MAX = 1 << 30
-_ANNOUNCEMENT_BYTES_MAX = 64 << 10
+_ANNOUNCEMENT_BYTES_MAX = 1 << 20
 _RANKS_MAX = 4096  # as in csrc/common/limits.h
 
 T = TypeVar("T")
@@ -308,6 +308,13 @@ class Process:
     pid: int
     signal: int  # at which it writes; 0: none
     folder: Path  # of the jobs' folders
+    job: str  # of its folder there
+    groups: tuple[tuple[str, str], ...]  # that are open: the numbers of their jobs, and their names
+
+    def fits(self, job: str) -> bool:
+        """`job`: how the number of its job, or of a group's, begins, or a group's name."""
+        number = job.lower()
+        return self.job.startswith(number) or any(own.startswith(number) or name == job for own, name in self.groups)
 
 
 def process(pid: int) -> Process | None:
@@ -333,17 +340,47 @@ def _announced(text: bytes) -> Process | None:
     try:
         told = json.loads(text)
         pid, number, folder = _count(told["pid"]), _count(told["signal"]), told["folder"]
+        job, groups = told["job"], tuple((group["job"], group["name"]) for group in told["groups"])
     except (TypeError, ValueError, KeyError, RecursionError):
         return None
-    if number > signal.SIGRTMAX or not isinstance(folder, str) or not folder.isprintable():
+    texts = [folder, job, *(text for group in groups for text in group)]
+    if number > signal.SIGRTMAX or not all(isinstance(text, str) and text.isprintable() for text in texts):
         return None
-    return Process(pid=pid, signal=number, folder=Path(folder))
+    return Process(pid=pid, signal=number, folder=Path(folder), job=job, groups=groups)
 
 
 def processes() -> list[Process]:
     """All of this user."""
     pids = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [found for found in map(process, pids) if found is not None]
+
+
+def _listed(found: list[Process]) -> str:
+    """Their jobs, a text for each."""
+    texts = []
+    for job in sorted({one.job for one in found}):
+        mine = [one for one in found if one.job == job]
+        names = dict.fromkeys(name for one in mine for _, name in one.groups)
+        groups = ", ".join(f"'{name}'" for name in names)
+        texts.append(f"{job} ({len(mine)} process{'es' if len(mine) > 1 else ''}, groups {groups})")
+    return "; ".join(texts)
+
+
+def of_job(job: str) -> list[Process]:
+    """This user's processes of one job: how its number begins, as in reducer-JOB or `reducer stats`, or a group's name.
+
+    Raises UnavailableError if there is none, InvalidArgumentError if it fits several jobs.
+    """
+    everybody = processes()
+    found = [one for one in everybody if job and one.fits(job)]
+    if not found:
+        here = f"; there are: {_listed(everybody)}" if everybody else ""
+        raise UnavailableError(f"no process of yours on this host is of the job '{job}'{here}")
+    if len({one.job for one in found}) > 1:
+        raise InvalidArgumentError(
+            f"'{job}' fits several jobs; say more of the number of one: {_listed(found)}",
+        )
+    return found
 
 
 def _catches(pid: int, number: int) -> bool:

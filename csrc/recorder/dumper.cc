@@ -1,5 +1,6 @@
 #include "recorder/dumper.h"
 
+#include <fcntl.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -106,7 +107,7 @@ Dumper::Dumper(Recorder& recorder, Options options)
     : recorder_(recorder), options_(std::move(options)) {
   if (options_.folder.empty()) options_.folder = defaultFolder();
   alarm().owner.store(getpid());
-  recorder_.listen([this](const std::string& why) {
+  const auto trouble = [this](const std::string& why) {
     {
       const std::lock_guard lock(mutex_);
       if (!trouble_.empty()) return;
@@ -114,14 +115,15 @@ Dumper::Dumper(Recorder& recorder, Options options)
       due_ = std::max(Clock::now() + kGather, quiet_until_);
     }
     sem_post(&alarm().wake);
-  });
+  };
+  recorder_.listen(trouble, [this] { announce(); });
   install(options_.signal);
   announce();
   thread_ = std::thread([this] { run(); });
 }
 
 Dumper::~Dumper() {
-  recorder_.listen(nullptr);
+  recorder_.listen(nullptr, nullptr);
   alarm().owner.store(0);
   stopping_ = true;
   sem_post(&alarm().wake);
@@ -129,20 +131,28 @@ Dumper::~Dumper() {
   if (announcement_ >= 0) ::close(announcement_);
 }
 
-// (A forked child inherits it, but is another process.)
+// (A forked child inherits it, but is another process.) Who reads it meanwhile gets all of the old
+// one or all of the new.
 void Dumper::announce() {
+  const std::lock_guard lock(announcing_);
   Json json;
   json.beginObject();
   json.member("pid", getpid());
   json.member("signal", options_.signal);
   json.member("folder", options_.folder);
+  recorder_.tellGroups(json);
   json.endObject();
-  announcement_ = memfd_create("reducer-recorder", MFD_CLOEXEC);
-  if (announcement_ < 0) return;  // then only the signal finds the way
+  const int fresh = memfd_create("reducer-recorder", MFD_CLOEXEC);
+  if (fresh < 0) return;  // then only the signal finds the way
   const std::string& text = json.text();
-  if (::write(announcement_, text.data(), text.size()) != static_cast<ssize_t>(text.size())) {
-    ::close(std::exchange(announcement_, -1));
+  const bool written =
+      ::write(fresh, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  if (written && announcement_ < 0) {
+    announcement_ = fresh;
+    return;
   }
+  if (written) dup3(fresh, announcement_, O_CLOEXEC);
+  ::close(fresh);
 }
 
 void Dumper::run() {

@@ -16,7 +16,7 @@ namespace reducer::recorder {
 /// of it. One at a time in a process. Thread safety: every method, from any thread.
 ///
 /// While it lives, a nameless file that shows up in /proc/PID/fd as "reducer-recorder" tells
-/// `reducer dump` process, signal and folder.
+/// `reducer dump` process, signal, folder, job and groups.
 ///
 /// The signal's handler only wakes the thread. If the process had a handler for it before, that one
 /// is called, too. It stays installed when this object ends, so that a late signal harms nobody. In
@@ -54,6 +54,7 @@ class Dumper {
   TimePoint due_;                             // when
   TimePoint quiet_until_ = TimePoint::min();  // errors come in crowds
   std::string told_;                          // of this path
+  std::mutex announcing_;
   int announcement_ = -1;
   std::thread thread_;
 };

@@ -167,12 +167,16 @@ void Record::late(const std::string& text) {
 // ------------------------------------------------------------------ groups
 
 std::uint32_t Recorder::add(GroupInfo info) {
-  const std::lock_guard lock(mutex_);
-  const bool first = std::none_of(groups_.begin(), groups_.end(),
-                                  [](const auto& group) { return group.second.open; });
-  if (first) home_ = {hexadecimal(info.job.substr(0, kJobBytesShown)), info.rank};
-  const std::uint32_t id = next_group_++;
-  groups_[id].info = std::move(info);
+  std::uint32_t id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    const bool first = std::none_of(groups_.begin(), groups_.end(),
+                                    [](const auto& group) { return group.second.open; });
+    if (first) home_ = {hexadecimal(info.job.substr(0, kJobBytesShown)), info.rank};
+    id = next_group_++;
+    groups_[id].info = std::move(info);
+  }
+  groupsChanged();
   return id;
 }
 
@@ -182,13 +186,37 @@ void Recorder::setSource(std::uint32_t group, std::weak_ptr<Source> source) {
 }
 
 void Recorder::remove(std::uint32_t group) {
+  {
+    const std::lock_guard lock(mutex_);
+    groups_.at(group).open = false;
+    groups_.at(group).source.reset();
+    closed_.push_back(group);
+    if (closed_.size() > kClosedKept) {
+      groups_.erase(closed_.front());
+      closed_.pop_front();
+    }
+  }
+  groupsChanged();
+}
+
+void Recorder::groupsChanged() {
+  const std::lock_guard lock(listener_mutex_);
+  if (on_groups_) on_groups_();
+}
+
+void Recorder::tellGroups(Json& json) {
   const std::lock_guard lock(mutex_);
-  groups_.at(group).open = false;
-  groups_.at(group).source.reset();
-  closed_.push_back(group);
-  if (closed_.size() <= kClosedKept) return;
-  groups_.erase(closed_.front());
-  closed_.pop_front();
+  json.member("job", home_.job);
+  json.member("rank", home_.rank);
+  json.beginList("groups");
+  for (const auto& [id, group] : groups_) {
+    if (!group.open) continue;
+    json.beginObject();
+    json.member("job", hexadecimal(group.info.job));
+    json.member("name", group.info.name);
+    json.endObject();
+  }
+  json.endList();
 }
 
 Recorder::Home Recorder::home() {
@@ -205,12 +233,14 @@ void Recorder::trouble(std::uint32_t group, const Status& why) {
     if (found != groups_.end()) name = found->second.info.name;
   }
   const std::lock_guard lock(listener_mutex_);
-  if (listener_) listener_("an error in group '" + name + "'");
+  if (on_trouble_) on_trouble_("an error in group '" + name + "'");
 }
 
-void Recorder::listen(std::function<void(const std::string&)> listener) {
+void Recorder::listen(std::function<void(const std::string&)> trouble,
+                      std::function<void()> groups) {
   const std::lock_guard lock(listener_mutex_);
-  listener_ = std::move(listener);
+  on_trouble_ = std::move(trouble);
+  on_groups_ = std::move(groups);
 }
 
 // ------------------------------------------------------------------ dump

@@ -66,6 +66,7 @@ class Source {
   virtual std::vector<std::string> waitsFor(std::uint64_t lane, std::uint64_t seq) = 0;
 };
 
+class Json;
 class Record;
 
 /// Keeps the last `entries` calls in memory: 128 bytes each, taken at once, and the texts of those
@@ -86,9 +87,9 @@ class Recorder {
   /// Something went wrong in a group: whoever listens makes a dump. Errors of calls say so
   /// themselves.
   void trouble(std::uint32_t group, const Status& why);
-  /// Called at every trouble, with a text for people; must not block. No call is under way when
-  /// this returns.
-  void listen(std::function<void(const std::string& why)> listener);
+  /// `trouble` is called with a text for people, `groups` when one was added or removed; they must
+  /// not block. No call is under way when this returns.
+  void listen(std::function<void(const std::string& why)> trouble, std::function<void()> groups);
 
   /// Everything, as JSON: docs/flight-recorder.md. `reason`: why it was asked for.
   std::string dump(const std::string& reason);
@@ -100,6 +101,8 @@ class Recorder {
     Rank rank = 0;
   };
   Home home();
+  /// The same and the groups that are open, as members of an object.
+  void tellGroups(Json& json);
 
   std::size_t entries() const { return size_; }
 
@@ -155,6 +158,7 @@ class Recorder {
     const SlotLock lock(slot);
     if (slot.entry.number == number) change(slot.entry);
   }
+  void groupsChanged();
   template <class Change>
   void changeTexts(std::uint64_t number, const Change& change);
   std::vector<Entry> snapshot() const;
@@ -170,7 +174,8 @@ class Recorder {
   Home home_;
   std::map<std::uint64_t, Texts> texts_;  // by number of the entry
   std::mutex listener_mutex_;
-  std::function<void(const std::string&)> listener_;
+  std::function<void(const std::string&)> on_trouble_;
+  std::function<void()> on_groups_;
 };
 
 /// A call under way, which tells the recorder how far it is. One that was made without a recorder

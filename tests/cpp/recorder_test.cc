@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/hexadecimal.h"
 #include "recorder/dumper.h"
 #include "recorder/json.h"
 #include "wire/lane.h"
@@ -255,6 +256,40 @@ TEST_F(DumperTest, ASignalWritesAndTheEarlierHandlerIsCalled) {
   raise(SIGUSR2);
   EXPECT_EQ(heard, 3) << "called once, though the dumper is the second";
   EXPECT_TRUE(appears("\"seq\":6"));
+}
+
+/// What `reducer dump` would read of this process.
+std::string announced() {
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;
+    const std::string target = std::filesystem::read_symlink(entry.path(), gone).string();
+    if (!target.starts_with("/memfd:reducer-recorder")) continue;
+    std::ifstream in(entry.path());
+    std::stringstream text;
+    text << in.rdbuf();
+    return text.str();
+  }
+  return {};
+}
+
+TEST_F(DumperTest, AnnouncesTheGroupsThatAreOpen) {
+  const std::string number = hexadecimal("0123456789abcdef");
+  const std::string begin = "{\"pid\":" + std::to_string(getpid()) + ",\"signal\":0,\"folder\":\"" +
+                            folder_.string() + "\",\"job\":\"30313233\",\"rank\":3,\"groups\":[";
+  const auto entry = [&](const std::string& name) {
+    return "{\"job\":\"" + number + "\",\"name\":\"" + name + "\"}";
+  };
+  std::uint32_t second = 0;
+  {
+    const Dumper dumper(recorder_, options());
+    EXPECT_EQ(announced(), begin + entry("default") + "]}");
+    second = recorder_.add(group("of \"two\"", 1));
+    EXPECT_EQ(announced(), begin + entry("default") + "," + entry("of \\\"two\\\"") + "]}");
+    recorder_.remove(in_);
+    EXPECT_EQ(announced(), begin + entry("of \\\"two\\\"") + "]}");
+  }
+  EXPECT_EQ(announced(), "");
+  recorder_.remove(second);  // nobody listens
 }
 
 TEST_F(DumperTest, SaysWhyItCannotWrite) {

@@ -379,7 +379,9 @@ def test_blame_of_a_hostile_file_is_one_line(tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr + done.stdout
 
 
-ANNOUNCED = [{"pid": 5, "signal": 39, "folder": "/tmp"}]
+ANNOUNCED = [
+    {"pid": 5, "signal": 39, "folder": "/tmp", "job": "0a", "rank": 1, "groups": [{"job": "0a", "name": "default"}]}
+]
 
 
 @fuzzed(300)
@@ -391,6 +393,7 @@ def test_announcements(text: bytes) -> None:
         assert 0 <= told.signal <= 64
         with contextlib.suppress(OSError):  # a name that is too long
             assert list(told.folder.glob("reducer-x/nothing")) == []
+        assert told.fits("0a") in (True, False)
     assert recorder._announced(json.dumps(ANNOUNCED[0]).encode()) is not None
 
 

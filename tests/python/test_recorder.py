@@ -203,6 +203,48 @@ def test_a_hang_is_dumped_from_outside_and_blamed(tmp_path: Path) -> None:
     assert "nobody is behind in group 'default'" in run("blame", str(files[0].parent)).stdout
 
 
+def with_another_group() -> tuple[str, tuple[recorder.Group, ...]]:
+    """The number of the job, and its two groups; the second one's name comes from how many ranks it has."""
+    dist.new_group(list(range(dist.get_world_size())), use_local_synchronization=True)
+    dump = reducer.dump()
+    assert dump is not None
+    return dump.job, dump.groups
+
+
+def test_the_processes_of_one_job_among_several(tmp_path: Path) -> None:
+    with (
+        Ranks(2, {"REDUCER_RECORDER_DIR": str(tmp_path)}) as one,
+        Ranks(3, {"REDUCER_RECORDER_DIR": str(tmp_path)}) as other,
+    ):
+        (first, _), *_ = one.call(with_another_group)
+        (second, groups), *_ = other.call(with_another_group)
+        assert first != second
+        folders = [tmp_path / f"reducer-{job}" for job in (first, second)]
+
+        done = run("dump", "--job", first)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.split()) == [str(folders[0] / f"rank{rank}.json") for rank in range(2)]
+        assert not folders[1].exists(), "the other job's processes got no signal"
+        for text in (groups[1].name, groups[1].job[:12].upper()):
+            done = run("dump", "--job", text)
+            assert done.returncode == 0, done.stderr
+            assert sorted(done.stdout.split()) == [str(folders[1] / f"rank{rank}.json") for rank in range(3)]
+
+        done = run("dump", "--job", "default")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "'default' fits several jobs; say more of the number of one: " in done.stderr
+        assert f"{first} (2 processes, groups 'default', " in done.stderr
+        assert f"{second} (3 processes, groups 'default', " in done.stderr
+
+        done = run("dump", "--job", "none")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no process of yours on this host is of the job 'none'; there are: " in done.stderr
+        assert f"{first} (2 processes" in done.stderr
+    assert run("dump", "--job", "").returncode == 1
+    done = run("dump", "--job", "1", str(os.getpid()))
+    assert done.returncode == 2 and "give processes or a job, not both" in done.stderr
+
+
 SIGNALLED = """
 import json, os, signal, sys, time
 heard = []
