@@ -1,4 +1,6 @@
 // GroupState, where a receive waits for a send of any rank.
+#include <cstdio>
+
 #include "collective/group_state.h"
 #include "engine/describe.h"
 #include "wire/lane.h"
@@ -27,21 +29,32 @@ void GroupState::receive(Rank from, std::uint32_t tag, const wire::Call& call, D
     if (status.ok() && (from == kAllRanks || receives_.waiting(tag))) {
       const std::string whom =
           from == kAllRanks ? "any rank" : "rank " + std::to_string(from) + " (behind another)";
-      const std::string late = engine::describe(call) + " from " + whom + ", tag " +
-                               std::to_string(tag) + ", in group '" + config_.name +
-                               "': timeout after " + engine::seconds(timeout) +
-                               ", nothing was sent; here is rank " + std::to_string(config_.rank) +
-                               " (" + config_.host + ")";
+      // What is said of it, for how long.
+      const auto tell =
+          [call, tag, whom, group = config_.name,
+           here = engine::nameRank(config_.rank, config_.host)](const std::string& what) {
+            return engine::describe(call) + " from " + whom + ", tag " + std::to_string(tag) +
+                   ", in group '" + group + "': " + what + "; here is " + here;
+          };
       const auto record = recordReceive(from, tag, call);
+      const TimePoint now = transport_.now();
       Receives::Request request;
       request.from = from;
-      request.deadline = transport_.now() + timeout;
+      request.deadline = now + timeout;
+      request.late_at = now + timeout / 3;
+      request.late = [record, tell, timeout, now, warns = config_.settings.warns](TimePoint at) {
+        const std::string text = tell("nothing has been sent for " + engine::seconds(at - now) +
+                                      " (after " + engine::seconds(timeout) + " it fails)");
+        record->late(text);
+        if (warns) std::fprintf(stderr, "reducer: warning: %s\n", text.c_str());
+      };
       request.start = [record, start = std::move(start)](Rank sender, std::uint64_t seq) {
         record->passedOn();
         start(sender, seq);
       };
-      request.fail = [record, fail = std::move(fail), late](const Status& why) {
-        const Status end = why.ok() ? Status(Code::kTimeout, late) : why;
+      request.fail = [record, tell, timeout, fail = std::move(fail)](const Status& why) {
+        const std::string late = "timeout after " + engine::seconds(timeout) + ", nothing was sent";
+        const Status end = why.ok() ? Status(Code::kTimeout, tell(late)) : why;
         record->ended(end);
         fail(end);
       };

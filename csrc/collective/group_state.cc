@@ -429,10 +429,12 @@ std::string GroupState::describeWait(const Operation& operation, TimePoint now) 
 }
 
 void GroupState::tick(TimePoint now) {
-  std::vector<Receives::Request> late;
+  std::vector<Receives::Request> expired;
+  std::vector<std::function<void(TimePoint)>> late;
   WorkerLost lost;
   {
     const std::lock_guard lock(mutex_);
+    expired = receives_.expired(now);
     late = receives_.late(now);
     if (broken_.ok() && now - worker_lost_.at >= kLostGrace) lost = worker_lost_;
   }
@@ -440,7 +442,8 @@ void GroupState::tick(TimePoint now) {
   for (const auto& link : links_) link->beat(now);
   missAbsentees(now);
   lookForLost(now);
-  for (const Receives::Request& request : late) request.fail(Status());
+  for (const auto& warn : late) warn(now);
+  for (const Receives::Request& request : expired) request.fail(Status());
   for (const auto& operation : operations()) {
     const auto& info = operation->info();
     if (now - info.started < info.options.timeout + kGrace) continue;

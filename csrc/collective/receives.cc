@@ -70,8 +70,19 @@ std::vector<Receives::Request> Receives::left(Rank rank, bool was_last) {
   });
 }
 
-std::vector<Receives::Request> Receives::late(TimePoint now) {
+std::vector<Receives::Request> Receives::expired(TimePoint now) {
   return takeOut([now](const Request& request) { return request.deadline <= now; });
+}
+
+std::vector<std::function<void(TimePoint)>> Receives::late(TimePoint now) {
+  std::vector<std::function<void(TimePoint)>> words;
+  for (auto& [tag, requests] : requests_) {
+    for (Request& request : requests) {
+      if (request.late_at > now || !request.late) continue;
+      words.push_back(std::exchange(request.late, nullptr));
+    }
+  }
+  return words;
 }
 
 std::vector<Receives::Request> Receives::clear() {

@@ -21,6 +21,8 @@ class Receives {
   struct Request {
     Rank from = kAllRanks;  ///< kAllRanks: any rank
     TimePoint deadline;
+    TimePoint late_at;  ///< when `late` is to be called, long before; once
+    std::function<void(TimePoint now)> late;
     std::function<void(Rank from, std::uint64_t seq)> start;
     std::function<void(const Status&)> fail;
     std::uint64_t id = 0;
@@ -53,7 +55,9 @@ class Receives {
                            const std::function<bool(Rank from, std::uint64_t seq)>& take);
 
   /// Takes out what has waited too long.
-  std::vector<Request> late(TimePoint now);
+  std::vector<Request> expired(TimePoint now);
+  /// Takes the words out of what has waited for long.
+  std::vector<std::function<void(TimePoint now)>> late(TimePoint now);
   std::vector<Request> clear();
 
  private:

@@ -157,6 +157,58 @@ TEST(Receives, WhatNobodySendsTimesOutAndSaysSo) {
   EXPECT_EQ(more[0].data[0], 5);
 }
 
+std::size_t countOf(const std::string& text, const std::string& part) {
+  std::size_t count = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
+    ++count;
+  }
+  return count;
+}
+
+// Nobody is known to be missing, so its own rank says so.
+TEST(Receives, OneFromAnyRankWarnsOnceAfterAThirdOfItsTimeout) {
+  for (const bool warns : {true, false}) {
+    ClusterOptions options = clusterOf(3, 2);
+    options.settings.warns = warns;
+    SimCluster cluster(options);
+    std::vector<Receipt> receipts(2);
+    for (Receipt& receipt : receipts) receipt.data.assign(1, -1);
+    const auto pass = [&](std::chrono::milliseconds time) {
+      cluster.network().runUntil([] { return false; }, time);
+    };
+    ::testing::internal::CaptureStderr();
+    cluster.group(1).recvAny(receipts[0].data.data(), 1, DataType::kInt32, 9, within(seconds(30)),
+                             receipts[0].callback());
+    // (This one is answered in time.)
+    cluster.group(1).recvAny(receipts[1].data.data(), 1, DataType::kInt32, 8, within(seconds(30)),
+                             receipts[1].callback());
+    const std::int32_t message = 5;
+    std::vector<Outcome> sent(2);
+    cluster.group(2).send(&message, 1, DataType::kInt32, 1, 8, within(seconds(10)),
+                          sent[0].callback());
+    pass(std::chrono::milliseconds(9'900));
+    const std::string before = ::testing::internal::GetCapturedStderr();
+    EXPECT_EQ(countOf(before, "warning"), 0U) << before;
+    EXPECT_TRUE(receipts[1].outcome.done);
+    ::testing::internal::CaptureStderr();
+    pass(seconds(15));
+    const std::string after = ::testing::internal::GetCapturedStderr();
+    EXPECT_EQ(countOf(after, "reducer: warning: "), warns ? 1U : 0U) << after;
+    EXPECT_EQ(countOf(after,
+                      "send/recv(int32, 1 element) from any rank, tag 9, in group 'default': "
+                      "nothing has been sent for 10.0 s (after 30.0 s it fails); here is rank 1 "
+                      "(worker1:1)"),
+              warns ? 1U : 0U)
+        << after;
+    EXPECT_FALSE(receipts[0].outcome.done);
+    cluster.group(0).send(&message, 1, DataType::kInt32, 1, 9, within(seconds(10)),
+                          sent[1].callback());
+    EXPECT_TRUE(cluster.network().runUntil([&] { return allDone(receipts); }, seconds(2)));
+    EXPECT_TRUE(cluster.finish(sent));
+    EXPECT_EQ(receipts[0].from, 0);
+  }
+}
+
 TEST(Receives, AbortEndsThem) {
   SimCluster cluster(clusterOf(2, 3));
   std::vector<Receipt> receipts(1);
