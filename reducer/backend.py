@@ -562,18 +562,16 @@ def _check_bandwidths(entries: dict[int, dict[str, Any]], settings: Settings) ->
 def _resolve_servers(settings: Settings) -> tuple[list[str], list[int]]:
     """Addresses, and the bandwidth of each if they are given: every address of a name has the name's.
 
-    With TLS an address keeps the name that it was found by, as "name/10.0.0.4:7000": the certificate is the name's.
+    An address keeps the name that it was found by, as "name/10.0.0.4:7000": a certificate is the name's, and a reducer
+    that comes back may have another address. (Of several addresses of a name it is not known which has moved.)
     """
-    servers = _core.resolve_servers(list(settings.servers))
-    if not settings.server_bandwidths and not settings.tls:
-        return servers, []
-    found = [
-        (_named(name, address) if settings.tls else address, bandwidth)
-        for name, bandwidth in zip(
-            settings.servers, settings.server_bandwidths or [0] * len(settings.servers), strict=True
-        )
-        for address in _core.resolve_servers([name])
-    ]
+    _core.resolve_servers(list(settings.servers))  # complains of twins
+    found: list[tuple[str, int]] = []
+    bandwidths = settings.server_bandwidths or [0] * len(settings.servers)
+    for name, bandwidth in zip(settings.servers, bandwidths, strict=True):
+        addresses = _core.resolve_servers([name])
+        keeps = settings.tls or len(addresses) == 1
+        found += [(_named(name, address) if keeps else address, bandwidth) for address in addresses]
     return [address for address, _ in found], [bandwidth for _, bandwidth in found if bandwidth]
 
 

@@ -18,6 +18,9 @@ namespace {
 
 constexpr Duration kLastPatience = std::chrono::seconds(2);
 
+// Of rank 0, to all: look its name up. (Where only rank 0 knows the name, its address must do.)
+constexpr const char* kByName = "name";
+
 }  // namespace
 
 bool GroupState::isAway(OwnerIndex owner) {
@@ -47,11 +50,29 @@ void GroupState::onNews(const wire::Frame& frame) {
   }
 }
 
+void GroupState::tellBack(OwnerIndex owner, std::uint32_t attempt) {
+  if (attempt != 0) {
+    tellLeader(wire::FrameKind::kBack, owner, attempt, links_[owner]->reached());
+    return;
+  }
+  bool by_name = false;
+  {
+    const std::lock_guard lock(mutex_);
+    by_name = standing_[owner].by_name;
+  }
+  tellLeader(wire::FrameKind::kBack, owner, 0, by_name ? kByName : "");
+}
+
 // ------------------------------------------------------------------ a connection
 
 void GroupState::lookForLost(TimePoint now) {
   if (config_.rank != 0) return;
-  std::vector<std::pair<OwnerIndex, std::uint64_t>> opening;
+  struct Opening {
+    OwnerIndex owner;
+    std::uint64_t generation;
+    bool by_name;
+  };
+  std::vector<Opening> opening;
   std::vector<OwnerIndex> waiting;
   {
     const std::lock_guard lock(mutex_);
@@ -61,7 +82,8 @@ void GroupState::lookForLost(TimePoint now) {
       if (!standing.lost || standing.attempt != 0 || now < standing.retry_at) continue;
       if (standing.link == Standing::Link::kNone) {
         standing.link = Standing::Link::kOpening;
-        opening.emplace_back(owner, links_[owner]->rearm());
+        standing.by_name = !standing.by_name;
+        opening.push_back({owner, links_[owner]->rearm(), standing.by_name});
       } else if (standing.link == Standing::Link::kOpen) {
         // Rank 0's reducer was busy with another, or waits for ranks that have not joined yet.
         standing.retry_at = now + kFirstPatience;
@@ -69,8 +91,8 @@ void GroupState::lookForLost(TimePoint now) {
       }
     }
   }
-  for (const auto& [owner, generation] : opening) links_[owner]->connect(generation);
-  for (const OwnerIndex owner : waiting) tellLeader(wire::FrameKind::kBack, owner, 0, "");
+  for (const Opening& one : opening) links_[one.owner]->connect(one.generation, one.by_name);
+  for (const OwnerIndex owner : waiting) tellBack(owner, 0);
 }
 
 void GroupState::onBack(const wire::Frame& frame) {
@@ -89,8 +111,8 @@ void GroupState::onBack(const wire::Frame& frame) {
       opening = links_[owner]->rearm();
     }
   }
-  if (opening) links_[owner]->connect(*opening);
-  if (connected) tellLeader(wire::FrameKind::kBack, owner, frame.epoch, "");
+  if (opening) links_[owner]->connect(*opening, frame.text == kByName);
+  if (connected) tellBack(owner, frame.epoch);
 }
 
 void GroupState::onWelcome(OwnerIndex owner) {
@@ -110,7 +132,7 @@ void GroupState::onWelcome(OwnerIndex owner) {
     attempt = standing.attempt;
   }
   if (attempt == 0 && config_.rank != 0) return;
-  tellLeader(wire::FrameKind::kBack, owner, attempt, "");
+  tellBack(owner, attempt);
 }
 
 void GroupState::comebackFailed(OwnerIndex owner, const Status& reason) {

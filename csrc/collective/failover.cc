@@ -204,7 +204,7 @@ void GroupState::onEpoch(const wire::Frame& frame) {
   if (config_.rank == 0 && config_.settings.warns) warn(change, frame.text);
   for (const Link::Taken& one : change.taken) one.leave();
   for (const auto& [operation, why_not] : change.orphans) fail(operation, why_not);
-  for (const OwnerIndex owner : change.waiting) tellLeader(wire::FrameKind::kBack, owner, 0, "");
+  for (const OwnerIndex owner : change.waiting) tellBack(owner, 0);
   for (const auto& link : links_) link->pump(std::numeric_limits<std::size_t>::max());
 }
 
@@ -227,6 +227,7 @@ void GroupState::adoptMembers(const wire::Frame& frame, Change& change) {
       standing.patience = kFirstPatience;
       standing.told = false;
       standing.fruitless = 0;
+      standing.by_name = false;
       standing.retry_at = now + standing.patience;
     } else if (!lost && standing.lost) {
       change.back.push_back(owner);

@@ -10,6 +10,7 @@
 #include "common/limits.h"
 #include "common/placement.h"
 #include "engine/describe.h"
+#include "transport/address.h"
 #include "wire/lane.h"
 
 namespace reducer::collective {
@@ -150,9 +151,10 @@ std::shared_ptr<Link> GroupState::makeLink(OwnerIndex owner, const std::string& 
   link.name =
       owner < n ? "rank " + std::to_string(owner) + " at " + address : "the reducer at " + address;
   link.connect = [this, address, local = link.in_process](
-                     std::shared_ptr<transport::Handler> handler, Duration timeout) {
+                     std::shared_ptr<transport::Handler> handler, Duration timeout, bool by_name) {
     if (local) return local_.connectLocal(std::move(handler));
-    return transport_.connect(address, std::move(handler), timeout);
+    const std::string dialled = by_name ? transport::namedOf(address) : address;
+    return transport_.connect(dialled, std::move(handler), timeout);
   };
   return std::make_shared<Link>(std::move(link), weak_from_this());
 }

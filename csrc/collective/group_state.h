@@ -133,8 +133,9 @@ class GroupState final : public LinkEvents,
     std::uint32_t attempt = 0;  // of rank 0's reducer, to take it in again; 0: none
     TimePoint retry_at;         // rank 0 looks for it
     Duration patience{};
-    bool told = false;  // that it refuses the group
-    int fruitless = 0;  // attempts in a row that some worker could not follow
+    bool by_name = false;  // it is looked for where its name points to now
+    bool told = false;     // that it refuses the group
+    int fruitless = 0;     // attempts in a row that some worker could not follow
   };
   /// What a change of owners leaves to be done without the lock.
   struct Change {
@@ -207,6 +208,8 @@ class GroupState final : public LinkEvents,
   /// To rank 0's reducer.
   bool tellLeader(wire::FrameKind kind, OwnerIndex owner, std::uint32_t attempt,
                   const std::string& text);
+  /// That this rank has a connection to it.
+  void tellBack(OwnerIndex owner, std::uint32_t attempt);
   void warn(const Change& change, const std::string& why) const;
 
   // A worker is lost (worker_loss.cc). Without the lock.

@@ -49,11 +49,11 @@ void Link::open() {
   connect(generation_);
 }
 
-void Link::connect(std::uint64_t generation) {
+void Link::connect(std::uint64_t generation, bool by_name) {
   const Duration timeout =
       generation == 0 ? config_.connect_timeout : std::min(config_.connect_timeout, kReachWithin);
   std::shared_ptr<transport::Connection> connection =
-      config_.connect(std::make_shared<Ear>(shared_from_this(), generation), timeout);
+      config_.connect(std::make_shared<Ear>(shared_from_this(), generation), timeout, by_name);
   wire::Frame hello;
   hello.kind = wire::FrameKind::kHello;
   hello.hello = config_.hello;
@@ -293,6 +293,7 @@ void Link::onFrame(wire::Frame frame, Payload payload) {
       {
         const std::lock_guard lock(mutex_);
         welcome_ = ever_welcome_ = true;
+        reached_ = frame.hello.host;
       }
       if (const auto events = events_.lock()) events->onWelcome(config_.owner);
       break;
@@ -448,6 +449,11 @@ std::size_t Link::waiting(const Operation& operation) {
 bool Link::wasConnected() {
   const std::lock_guard lock(mutex_);
   return ever_welcome_;
+}
+
+std::string Link::reached() {
+  const std::lock_guard lock(mutex_);
+  return reached_;
 }
 
 bool Link::isDown() {

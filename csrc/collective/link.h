@@ -55,8 +55,9 @@ class Link final : public std::enable_shared_from_this<Link> {
     bool losable = false;   ///< a standalone reducer: what it answers is kept until all have it
     wire::Hello hello;
     /// Starts the connection; called at first use, and when an owner comes back.
+    /// `by_name`: where its address was found by a name, that is looked up anew.
     std::function<std::shared_ptr<transport::Connection>(std::shared_ptr<transport::Handler>,
-                                                         Duration timeout)>
+                                                         Duration timeout, bool by_name)>
         connect;
   };
 
@@ -68,7 +69,7 @@ class Link final : public std::enable_shared_from_this<Link> {
   /// that still comes by it counts. connect() with the number that this returns opens it anew.
   std::uint64_t rearm();
   /// Nothing happens if the link was rearmed or left since.
-  void connect(std::uint64_t generation);
+  void connect(std::uint64_t generation, bool by_name = false);
 
   /// To be called several times in a heartbeat. Says that this end lives, and ends the connection
   /// if the other has been silent for too long.
@@ -115,9 +116,10 @@ class Link final : public std::enable_shared_from_this<Link> {
   /// Pieces of the operation that wait here, to be sent or to be answered.
   std::size_t waiting(const Operation& operation);
 
-  bool connected();     ///< the owner has said welcome
-  bool wasConnected();  ///< the same, even if it is gone since or opened anew
-  bool isDown();        ///< it is gone, and this link did not leave it
+  bool connected();       ///< the owner has said welcome
+  bool wasConnected();    ///< the same, even if it is gone since or opened anew
+  std::string reached();  ///< the reducer that said welcome, "host:pid"
+  bool isDown();          ///< it is gone, and this link did not leave it
 
   /// Says goodbye and closes. `closed()` turns true some time later.
   void close();
@@ -199,6 +201,7 @@ class Link final : public std::enable_shared_from_this<Link> {
   std::atomic<std::uint64_t> generation_{0};  // of the connection
   bool welcome_ = false;
   bool ever_welcome_ = false;
+  std::string reached_;
   bool closing_ = false;
   transport::Pulse pulse_;
   TimePoint waiting_since_;  // for the welcome

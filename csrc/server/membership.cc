@@ -229,16 +229,26 @@ void ServerState::back(const wire::Hello& hello, const wire::Frame& frame) {
       ask.kind = wire::FrameKind::kBack;
       ask.owners = {owner};
       ask.epoch = returning->attempt;
+      ask.text = frame.text;
       tell(hello.job, std::move(ask));
     } else if (returning && returning->attempt == frame.epoch && !returning->holding) {
+      if (returning->said.empty()) returning->reached = frame.text;
       returning->said.insert(hello.rank);
-      if (returning->said.size() < record.ranks.size() || !whole) return;
-      returning->said.clear();
-      returning->holding = true;
-      wire::Frame hold;
-      hold.kind = wire::FrameKind::kHold;
-      hold.epoch = returning->attempt;
-      tell(hello.job, std::move(hold));
+      if (returning->reached != frame.text) {
+        // A name that has two addresses, or is known to some hosts with an old one.
+        wire::Frame news = newsOf(record);
+        news.text = engine::nameRank(hello.rank, hello.host) + " reached the reducer " +
+                    frame.text + " there, another rank " + returning->reached;
+        returning.reset();
+        tell(hello.job, std::move(news));
+      } else if (whole && returning->said.size() == record.ranks.size()) {
+        returning->said.clear();
+        returning->holding = true;
+        wire::Frame hold;
+        hold.kind = wire::FrameKind::kHold;
+        hold.epoch = returning->attempt;
+        tell(hello.job, std::move(hold));
+      }
     }
   }
   told();

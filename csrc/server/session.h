@@ -30,6 +30,7 @@ struct Comeback {
   bool holding = false;
   std::set<Rank> said;          // of the step
   std::uint64_t first_seq = 0;  // the largest of those held
+  std::string reached;          // the reducer that all are connected to, as the first has said
   TimePoint deadline;
 };
 

@@ -25,13 +25,21 @@ inline std::optional<Address> parseAddress(const std::string& text) {
   return address;
 }
 
-// Where certificates are checked, an address that was found by a name keeps it: the certificate is
-// the name's. "reducer-1/10.0.0.4:7000".
+// An address that was found by a name keeps it: a certificate is the name's, and the name may have
+// another address one day. "reducer-1/10.0.0.4:7000".
 
 /// Without the name: "10.0.0.4:7000".
 inline std::string dialledOf(const std::string& address) {
   const std::size_t slash = address.find('/');
   return slash == std::string::npos ? address : address.substr(slash + 1);
+}
+
+/// To be looked up anew where there is a name, "reducer-1/reducer-1:7000"; else the address.
+inline std::string namedOf(const std::string& address) {
+  const std::size_t slash = address.find('/');
+  if (slash == std::string::npos) return address;
+  const std::string name = address.substr(0, slash);
+  return name + "/" + name + address.substr(address.rfind(':'));
 }
 
 /// What the peer's certificate has to be for: the name, or else the host ("10.0.0.4", "[::1]").

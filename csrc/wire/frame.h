@@ -37,7 +37,9 @@ enum class FrameKind : std::uint8_t {
       12,      ///< worker -> reducer: all that this rank had to move here in `epoch` has been sent
   kBeat = 13,  ///< both ways: this end is alive
   kBack = 14,  ///< worker -> rank 0's reducer: this rank has a connection to the lost owner in
-               ///< `owners` again; the other way: have one, and say so. `epoch`: of which attempt
+               ///< `owners` again; the other way: have one, and say so. `epoch`: of which attempt.
+               ///< `text`: which reducer that is, "host:pid"; without an attempt, and the other
+               ///< way: "name", if the owner's name is to be looked up anew
   kHold = 15,  ///< rank 0's reducer -> worker: start no operation until the next kEpoch; the other
                ///< way: so it is, from operation `slot.seq` on. `epoch`: of which attempt
   kLate = 16,  ///< reducer -> worker: `text` says who is missing from a slot for long; rank

@@ -99,6 +99,11 @@ void allReduceTogether(SimCluster& cluster) {
   }
 }
 
+bool takePart(SimCluster& cluster, std::uint64_t servers, Duration limit) {
+  return cluster.network().runUntil([&] { return cluster.group(0).counters().servers == servers; },
+                                    limit);
+}
+
 // A firewall between one worker and one reducer, say.
 TEST(Returns, AReducerThatOneWorkerCannotReachIsToldOfOnceAndTriedLessAndLess) {
   ClusterOptions options = clusterOf(Algorithm::kServer, 3, 2, 1);
@@ -107,11 +112,7 @@ TEST(Returns, AReducerThatOneWorkerCannotReachIsToldOfOnceAndTriedLessAndLess) {
   allReduceTogether(cluster);
   ::testing::internal::CaptureStderr();
   cluster.network().cut("worker2", "server1");
-  const auto takingPart = [&](std::uint64_t servers, Duration limit) {
-    return cluster.network().runUntil(
-        [&] { return cluster.group(0).counters().servers == servers; }, limit);
-  };
-  EXPECT_TRUE(takingPart(1, std::chrono::seconds(2)));
+  EXPECT_TRUE(takePart(cluster, 1, std::chrono::seconds(2)));
   std::vector<TimePoint> attempts;  // a connection where none was
   std::uint64_t connections = 1;
   EXPECT_FALSE(cluster.network().runUntil(
@@ -140,12 +141,12 @@ TEST(Returns, AReducerThatOneWorkerCannotReachIsToldOfOnceAndTriedLessAndLess) {
 
   cluster.network().mend("worker2", "server1");
   ::testing::internal::CaptureStderr();
-  EXPECT_TRUE(takingPart(2, std::chrono::seconds(42)));
+  EXPECT_TRUE(takePart(cluster, 2, std::chrono::seconds(42)));
   allReduceTogether(cluster);
   // All is forgotten: the next loss is mended at once.
   cluster.network().sever("worker1", "server1");
-  EXPECT_TRUE(takingPart(1, std::chrono::seconds(1)));
-  EXPECT_TRUE(takingPart(2, std::chrono::seconds(6)));
+  EXPECT_TRUE(takePart(cluster, 1, std::chrono::seconds(1)));
+  EXPECT_TRUE(takePart(cluster, 2, std::chrono::seconds(6)));
   allReduceTogether(cluster);
   const std::string after = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(countOf(after, "the reducer at server1:7000 is back"), 2U) << after;
@@ -169,6 +170,70 @@ TEST(Returns, AllWorkersThatCannotReachItAreNamed) {
     EXPECT_EQ(countOf(line, rank), 1U) << line;
   }
   for (const char* rank : {"rank 0 (", "rank 2 ("}) EXPECT_EQ(countOf(line, rank), 0U) << line;
+}
+
+ClusterOptions namedCluster() {
+  ClusterOptions options = clusterOf(Algorithm::kServer, 3, 2, 1);
+  options.settings.heartbeat = std::chrono::milliseconds(400);
+  options.names = true;
+  return options;
+}
+
+// A pod that is made anew keeps its name and has another address.
+TEST(Returns, AReducerIsLookedForWhereItsNamePointsNow) {
+  SimCluster cluster(namedCluster());
+  allReduceTogether(cluster);
+  cluster.network().kill("server1");
+  allReduceTogether(cluster);
+  ASSERT_TRUE(takePart(cluster, 1, std::chrono::seconds(2)));
+  EXPECT_FALSE(takePart(cluster, 2, std::chrono::seconds(5)));
+  cluster.network().name("reducer-1", "elsewhere");
+  cluster.restart(1, "elsewhere");
+  EXPECT_TRUE(takePart(cluster, 2, std::chrono::seconds(15)));
+  const std::uint64_t before = cluster.reducers()[1]->stats().slots_done;
+  allReduceTogether(cluster);
+  EXPECT_GT(cluster.reducers()[1]->stats().slots_done, before);
+}
+
+// Where names are of no use, the address is.
+TEST(Returns, AReducerIsLookedForAtItsAddressToo) {
+  SimCluster cluster(namedCluster());
+  allReduceTogether(cluster);
+  cluster.network().kill("server1");
+  cluster.network().name("reducer-1", "nowhere");
+  allReduceTogether(cluster);
+  ASSERT_TRUE(takePart(cluster, 1, std::chrono::seconds(2)));
+  cluster.restart(1);
+  EXPECT_TRUE(takePart(cluster, 2, std::chrono::seconds(15)));
+  allReduceTogether(cluster);
+}
+
+// Half a group at one reducer and half at another would wait for each other for ever.
+TEST(Returns, AllWorkersHaveToReachTheSameReducer) {
+  SimCluster cluster(namedCluster());
+  allReduceTogether(cluster);
+  ASSERT_TRUE(takePart(cluster, 2, std::chrono::seconds(1)));
+  cluster.network().kill("server1");
+  ASSERT_TRUE(takePart(cluster, 1, std::chrono::seconds(2)));
+  const auto other = cluster.network().addHost("other");
+  server::ServerOptions options;
+  options.host = "other:1";
+  options.standalone = true;
+  server::ReducerServer stranger(*other, options);
+  ASSERT_TRUE(stranger.listen("other:7000").ok());
+  cluster.network().name("reducer-1", "other");
+  ASSERT_TRUE(cluster.network().runUntil([&] { return stranger.stats().connections == 1; },
+                                         std::chrono::seconds(15)));
+  // Rank 0 is there. The others find that the name has moved on.
+  cluster.network().name("reducer-1", "elsewhere");
+  cluster.restart(1, "elsewhere");
+  ASSERT_TRUE(cluster.network().runUntil(
+      [&] { return cluster.reducers()[1]->stats().connections > 0; }, std::chrono::seconds(1)));
+  EXPECT_FALSE(takePart(cluster, 2, std::chrono::seconds(2)));
+  allReduceTogether(cluster);
+  EXPECT_TRUE(takePart(cluster, 2, std::chrono::seconds(25)));
+  EXPECT_EQ(stranger.stats().connections, 0U);
+  allReduceTogether(cluster);
 }
 
 // ------------------------------------------------------------------ real threads, real time

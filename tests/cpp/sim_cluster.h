@@ -35,6 +35,7 @@ struct ClusterOptions {
   std::size_t server_memory_bytes = std::size_t{4} << 30;
   std::string name = "default";
   std::vector<std::string> places;  // by rank; empty: each its own
+  bool names = false;               // the reducers are found by names: "reducer-0" is server0
 };
 
 inline collective::CallOptions within(
@@ -64,7 +65,9 @@ class SimCluster {
       hosts_.emplace_back();
       reducers_.emplace_back();
       startServer(k);
-      server_addresses_.push_back(reducers_.back()->address());
+      const std::string name = "reducer-" + std::to_string(k);
+      network_.name(name, "server" + std::to_string(k));
+      server_addresses_.push_back((options_.names ? name + "/" : "") + reducers_.back()->address());
     }
     for (std::int32_t r = 0; r < options_.workers; ++r) {
       worker_hosts_.push_back(network_.addHost("worker" + std::to_string(r)));
@@ -97,11 +100,11 @@ class SimCluster {
     hosts_.clear();
   }
 
-  /// A standalone reducer that was killed, with nothing of what it had.
-  void restart(std::int32_t k) {
+  /// A standalone reducer that was killed, with nothing of what it had. `host`: on another one.
+  void restart(std::int32_t k, const std::string& host = {}) {
     reducers_[k].reset();
     hosts_[k].reset();
-    startServer(k);
+    startServer(k, host);
   }
 
   void makeGroups(const std::string& job, const std::string& name) {
@@ -167,8 +170,8 @@ class SimCluster {
   transport::Transport& host(Rank rank) { return *worker_hosts_[rank]; }
 
  private:
-  void startServer(std::int32_t k) {
-    const std::string name = "server" + std::to_string(k);
+  void startServer(std::int32_t k, const std::string& host = {}) {
+    const std::string name = host.empty() ? "server" + std::to_string(k) : host;
     hosts_[k] = network_.addHost(name);
     server::ServerOptions server;
     server.host = name + ":1";

@@ -144,11 +144,13 @@ def test_a_reducer_that_stops_is_missed_after_a_heartbeat_and_taken_in_when_it_g
     assert logs.count("reducer: warning") == 2, logs
 
 
-def test_a_reducer_that_is_started_again_is_taken_in() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])  # a name is looked up anew
+def test_a_reducer_that_is_started_again_is_taken_in(host: str) -> None:
     with (
         killable_reducers(2) as (processes, addresses),
-        Ranks(4, steady(addresses, REDUCER_ALGORITHM="mixed")) as ranks,
+        Ranks(4, steady(addresses.replace("127.0.0.1", host), REDUCER_ALGORITHM="mixed")) as ranks,
     ):
+        ranks.call(reduce_and_check, 0.2, [1000])  # all have met at the reducers before these go
         for _ in range(2):
             ranks.start([0, 1, 2, 3], reduce_and_check, 1.0, [7, 300_000])
             time.sleep(0.3)

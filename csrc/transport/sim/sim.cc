@@ -139,6 +139,9 @@ void SimNetwork::resume(const std::string& name) { state_->resume(name); }
 void SimNetwork::sever(const std::string& one, const std::string& other) {
   state_->sever(one, other);
 }
+void SimNetwork::name(const std::string& name, const std::string& host) {
+  state_->name(name, host);
+}
 void SimNetwork::cut(const std::string& one, const std::string& other) { state_->cut(one, other); }
 void SimNetwork::mend(const std::string& one, const std::string& other) {
   state_->mend(one, other);

@@ -106,6 +106,8 @@ class SimNetwork {
   /// go unanswered, until mend().
   void cut(const std::string& one, const std::string& other);
   void mend(const std::string& one, const std::string& other);
+  /// Whoever dials this name from now on reaches that host, as a resolver would have it.
+  void name(const std::string& name, const std::string& host);
   /// What is sent to or from the host takes so much longer from now on.
   void slow(const std::string& name, Duration extra);
 

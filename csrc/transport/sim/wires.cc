@@ -69,7 +69,7 @@ std::shared_ptr<Endpoint> World::connect(const std::shared_ptr<Host>& host,
 
 bool World::attempt(Held& held, const std::shared_ptr<Endpoint>& from) {
   if (!from->connecting || from->closed || from->host->gone) return false;
-  const auto found = listeners_.find(from->peer_address);
+  const auto found = listeners_.find(lookUp(from->peer_address));
   if (found != listeners_.end() && !areApart(*found->second->host, *from->host)) {
     establish(held, from, found->second);
     return true;

@@ -292,6 +292,18 @@ World::EndpointList World::between(const std::string& one, const std::string& ot
   return all;
 }
 
+void World::name(const std::string& name, const std::string& host) {
+  const Held held(*this);
+  names_[name] = host;
+}
+
+std::string World::lookUp(const std::string& address) const {
+  const std::string dialled = dialledOf(address);
+  const std::size_t colon = dialled.rfind(':');
+  const auto found = names_.find(dialled.substr(0, colon));
+  return found == names_.end() ? dialled : found->second + dialled.substr(colon);
+}
+
 void World::sever(const std::string& one, const std::string& other) {
   EndpointList broken;
   {

@@ -142,6 +142,7 @@ class World : public std::enable_shared_from_this<World> {
   void sever(const std::string& one, const std::string& other);
   void cut(const std::string& one, const std::string& other);
   void mend(const std::string& one, const std::string& other);
+  void name(const std::string& name, const std::string& host);
   void slow(const std::string& name, Duration extra);
 
   // For the transports (world.cc).
@@ -209,6 +210,7 @@ class World : public std::enable_shared_from_this<World> {
   std::shared_ptr<Endpoint> makeEndpoint(const std::shared_ptr<Host>& host);
   bool isHeld(const Endpoint& endpoint) const;
   bool areApart(const Host& one, const Host& other) const;
+  std::string lookUp(const std::string& address) const;
   /// Endpoints of each that have their other end, or had it, at the other.
   EndpointList between(const std::string& one, const std::string& other) const;
   bool arrive(Held& held, const std::shared_ptr<Endpoint>& to, TimePoint at);
@@ -258,6 +260,7 @@ class World : public std::enable_shared_from_this<World> {
   std::vector<std::shared_ptr<Host>> replaced_;         // gone, and their names are others' now
   std::shared_ptr<Processor> processor_;                // the last that was made
   std::set<std::pair<std::string, std::string>> cuts_;  // by names, in order
+  std::map<std::string, std::string> names_;            // of hosts
   std::map<std::string, std::shared_ptr<ListenerState>> listeners_;  // by address
   std::vector<Call> calls_;
   bool stopping_ = false;
