@@ -14,6 +14,10 @@ namespace {
 
 constexpr std::uint64_t kMaxUint32 = 0xFFFFFFFFU;
 
+std::string_view viewOf(Bytes bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 [[gnu::cold]] Status malformed(const std::string& what) {
   return Status(Code::kInvalidArgument, "malformed frame: " + what);
 }
@@ -134,12 +138,20 @@ class Reader {
     return true;
   }
 
-  bool string(const char* name, bool utf8, std::string& out, std::size_t max = kMaxTextBytes) {
+  /// Any bytes.
+  bool string(const char* name, std::string& out, std::size_t max = kMaxTextBytes) {
     Bytes content;
     if (!bytes(max, name, content)) return false;
-    const std::string_view view(reinterpret_cast<const char*>(content.data()), content.size());
-    if (utf8 && !isUtf8(view)) return fail(std::string(name) + " is not UTF-8");
-    out.assign(view);
+    out.assign(viewOf(content));
+    return true;
+  }
+
+  /// What people read: UTF-8, without control characters.
+  bool text(const char* name, std::string& out) {
+    Bytes content;
+    if (!bytes(kMaxTextBytes, name, content)) return false;
+    if (!isUtf8(viewOf(content))) return fail(std::string(name) + " is not UTF-8");
+    out = withoutControls(viewOf(content));
     return true;
   }
 
@@ -228,21 +240,21 @@ bool readHelloField(Reader& in, std::uint64_t tag, Hello& hello) {
     case hello_tag::kVersion:
       return in.number(kMaxUint32, "version", hello.version);
     case hello_tag::kJob:
-      return in.string("job", false, hello.job);
+      return in.string("job", hello.job);
     case hello_tag::kGroup:
-      return in.string("group", true, hello.group);
+      return in.text("group", hello.group);
     case hello_tag::kRank:
       return in.number(kMaxWorldSize - 1, "rank", hello.rank);
     case hello_tag::kWorldSize:
       return in.number(kMaxWorldSize, "world size", hello.world_size);
     case hello_tag::kHost:
-      return in.string("host", true, hello.host);
+      return in.text("host", hello.host);
     case hello_tag::kWindowBytes:
       return in.varint(hello.window_bytes);
     case hello_tag::kConfig:
       return in.fixed(hello.config);
     case hello_tag::kConfigText:
-      return in.string("config text", true, hello.config_text);
+      return in.text("config text", hello.config_text);
     case hello_tag::kHosts:
       return in.hosts(hello.hosts);
     case hello_tag::kHeartbeatMs:
@@ -250,7 +262,7 @@ bool readHelloField(Reader& in, std::uint64_t tag, Hello& hello) {
     case hello_tag::kFailover:
       return in.number(1, "failover", hello.failover);
     case hello_tag::kToken:
-      return in.string("token", false, hello.token, kMaxTokenBytes);
+      return in.string("token", hello.token, kMaxTokenBytes);
     default:
       return in.unexpected(tag);
   }
@@ -323,7 +335,7 @@ bool readField(Reader& in, std::uint64_t tag, Frame& frame) {
     case frame_tag::kCode:
       return in.known(0, 8, "code", frame.code);
     case frame_tag::kText:
-      return in.string("text", true, frame.text);
+      return in.text("text", frame.text);
     case frame_tag::kHello:
       return readHello(in, frame.hello);
     case frame_tag::kAcked:
@@ -486,6 +498,7 @@ bool findFields(Bytes bytes, std::uint32_t number_tag, std::uint64_t& number,
 }
 
 /// True if `message` is the hello of a worker of another protocol version, whatever else it says.
+/// Its version is read, and its token, without which it is not to learn of this end's.
 bool isForeignHello(const Payload& message, Frame& frame) {
   if (message.nbytes() > kMaxHeaderBytes) return false;
   std::vector<std::byte> copy(message.nbytes());
@@ -493,18 +506,19 @@ bool isForeignHello(const Payload& message, Frame& frame) {
   std::uint64_t kind = 0;
   std::uint64_t version = 0;
   std::optional<Bytes> hello;
-  std::optional<Bytes> none;
+  std::optional<Bytes> token;
   if (!findFields(copy, frame_tag::kKind, kind, frame_tag::kHello, hello) || !hello ||
       kind != static_cast<std::uint64_t>(FrameKind::kHello)) {
     return false;
   }
-  if (!findFields(*hello, hello_tag::kVersion, version, 0, none) || version > kMaxUint32 ||
-      version == kProtocolVersion) {
+  if (!findFields(*hello, hello_tag::kVersion, version, hello_tag::kToken, token) ||
+      version > kMaxUint32 || version == kProtocolVersion) {
     return false;
   }
   frame = {};
   frame.kind = FrameKind::kHello;
   frame.hello.version = static_cast<std::uint32_t>(version);
+  if (token && token->size() <= kMaxTokenBytes) frame.hello.token = viewOf(*token);
   return true;
 }
 

@@ -133,8 +133,9 @@ struct Decoded {
 /// Reads a whole message. Trusts nothing: truncated or overlong varints, wrong wire types, numbers
 /// out of range, an unknown kind, a payload that is not last or not of the stated size, all give
 /// kInvalidArgument with a text that says what was wrong and at which byte. Unknown fields are
-/// refused too (both ends speak one version; the Hello's version is read first and answered by
-/// kVersion if it differs). Never allocates more than the message's own size suggests.
+/// refused too (both ends speak one version; of a Hello of another one nothing but version and
+/// token is promised). Texts come without control characters (utf8.h). Never allocates more than
+/// the message's own size suggests.
 Result<Decoded> decode(const Payload& message);
 
 /// CRC32C (Castagnoli) of the payload's bytes, across pieces.

@@ -1,11 +1,15 @@
 #include "wire/utf8.h"
 
+#include <algorithm>
+
 namespace reducer::wire {
 namespace {
 
 unsigned at(std::string_view text, std::size_t index) {
   return static_cast<unsigned char>(text[index]);
 }
+
+bool isControl(char c) { return (c >= '\0' && c < ' ' && c != '\n' && c != '\t') || c == '\x7F'; }
 
 bool continues(std::string_view text, std::size_t index) {
   return (at(text, index) & 0xC0U) == 0x80U;
@@ -53,6 +57,12 @@ std::string toUtf8(std::string_view text, std::size_t nbytes_max) {
     out += character;
     text.remove_prefix(length == 0 ? 1 : length);
   }
+  return out;
+}
+
+std::string withoutControls(std::string_view text) {
+  std::string out(text);
+  std::replace_if(out.begin(), out.end(), isControl, '?');
   return out;
 }
 

@@ -345,6 +345,11 @@ TEST(Frame, AHelloOfAnotherVersionIsReadAsFarAsItsVersion) {
       EXPECT_EQ(decodeAlone(part).ok(), cut == 20) << cut;
     }
   }
+  // Its token decides whether it is told of this end's.
+  auto known = decodeAlone(raw({0x08, 1, 0xAA, 1, 9, 0x08, 99, 0x50, 1, 0x6A, 3, 'k', 'e', 'y'}));
+  ASSERT_TRUE(known.ok()) << known.status().message();
+  EXPECT_EQ(known.value().frame.hello.token, "key");
+  EXPECT_EQ(known.value().frame.hello.version, 99U);
   // No version at all is version 0; a hello of this version is not excused.
   EXPECT_TRUE(decodeAlone(raw({0x08, 1, 0xAA, 1, 0})).ok());
   expectRefused(raw({0x08, 1, 0xAA, 1, 2, 0x08, kProtocolVersion, 0xA2, 6, 0}), "field 100");
@@ -365,6 +370,35 @@ TEST(Frame, TextsAreCutAndMadeUtf8BySendersAndCheckedByReceivers) {
   std::vector<std::byte> long_text = raw({0x08, 5, 0xA2, 1, 0x81, 0x40});
   long_text.resize(long_text.size() + kMaxTextBytes + 1, std::byte{'x'});
   expectRefused(long_text, "text 8193 is over the limit of 8192");
+}
+
+TEST(Frame, TextsOfPeersHaveNoControlCharacters) {
+  std::string all;
+  for (int c = 0; c < 0x80; ++c) all += static_cast<char>(c);
+  all += "é\u0085";  // C1 has a place of its own in Unicode
+  std::string wanted = all;
+  for (char& c : wanted) {
+    if (c == '\x7F' || (c >= 0 && c < ' ' && c != '\n' && c != '\t')) c = '?';
+  }
+  ASSERT_EQ(std::count(wanted.begin(), wanted.end(), '?'), 1 + 30 + 1);
+  Frame hello = helloFrame();
+  hello.hello.group = hello.hello.host = hello.hello.config_text = all;
+  hello.hello.token = all.substr(0, 20);
+  auto decoded = decodeAlone(wire::encodeHeader(hello, 0));
+  ASSERT_TRUE(decoded.ok()) << decoded.status().message();
+  const wire::Hello read = decoded.value().frame.hello;
+  EXPECT_EQ(read.group, wanted);
+  EXPECT_EQ(read.host, wanted);
+  EXPECT_EQ(read.config_text, wanted);
+  EXPECT_EQ(read.token, hello.hello.token);  // in no message
+  for (const FrameKind kind : {FrameKind::kError, FrameKind::kCancel, FrameKind::kLate}) {
+    Frame frame;
+    frame.kind = kind;
+    frame.text = "\x1B]0;title\x07 two\nlines\tand \x9B";
+    auto one = decodeAlone(wire::encodeHeader(frame, 0));
+    ASSERT_TRUE(one.ok()) << one.status().message();
+    EXPECT_EQ(one.value().frame.text, "?]0;title? two\nlines\tand ?");
+  }
 }
 
 TEST(Frame, DefaultsAreNotOnTheWire) {

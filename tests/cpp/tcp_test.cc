@@ -320,6 +320,16 @@ TEST_F(TcpTransportTest, EveryReasonTravelsBothWays) {
   }
 }
 
+TEST_F(TcpTransportTest, AReasonComesWithoutControlCharacters) {
+  const std::string address = listen();
+  const auto client = connect(address);
+  client->connection()->send(numbered(0, 0), {});
+  ASSERT_TRUE(accepted()->waitForFrames(1));
+  accepted()->connection()->close(Status(Code::kMismatch, "a\x1B[2Jb\n\tc"), /*flush=*/true);
+  ASSERT_TRUE(client->waitForClose());
+  EXPECT_EQ(client->reason().message(), "a?[2Jb\n\tc");
+}
+
 /// Accepts a connection and answers whatever comes with these bytes, or closes it.
 class OtherServer {
  public:

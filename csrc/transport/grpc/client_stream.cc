@@ -103,7 +103,7 @@ void ClientStream::onAttemptFailed() {
                                                      net::tlsWanted(address_).message()));
   }
   if (status.error_code() != grpc::StatusCode::UNIMPLEMENTED) {
-    return core_.dialer().retry(this, status.error_message());
+    return core_.dialer().retry(this, textOf(status));
   }
   giveUp(Status(Code::kUnavailable, address_ +
                                         " is a gRPC server, but not a reducer: it does not know " +

@@ -48,6 +48,10 @@ bool isFromReducer(const grpc::ClientContext& context) {
   return context.GetServerTrailingMetadata().count(kCodeKey) != 0;
 }
 
+std::string textOf(const grpc::Status& status) {
+  return wire::withoutControls(status.error_message());
+}
+
 Status fromGrpc(const grpc::Status& status, const grpc::ClientContext& context,
                 const std::string& peer) {
   const auto& trailers = context.GetServerTrailingMetadata();
@@ -56,7 +60,7 @@ Status fromGrpc(const grpc::Status& status, const grpc::ClientContext& context,
     std::from_chars(found->second.begin(), found->second.end(), code);
     if (code == static_cast<int>(Code::kOk)) return {};
     if (code > 0 && code <= static_cast<int>(Code::kInternal)) {
-      return Status(static_cast<Code>(code), status.error_message());
+      return Status(static_cast<Code>(code), textOf(status));
     }
   }
   switch (status.error_code()) {
@@ -64,15 +68,15 @@ Status fromGrpc(const grpc::Status& status, const grpc::ClientContext& context,
       return {};
     case grpc::StatusCode::UNAVAILABLE:
       return Status(Code::kUnavailable,
-                    "the connection to " + peer + " was lost: " + status.error_message());
+                    "the connection to " + peer + " was lost: " + textOf(status));
     case grpc::StatusCode::CANCELLED:
       return Status(Code::kUnavailable, peer + " ended the connection");
     case grpc::StatusCode::RESOURCE_EXHAUSTED:
-      return Status(Code::kResourceExhausted, peer + ": " + status.error_message());
+      return Status(Code::kResourceExhausted, peer + ": " + textOf(status));
     default:
       return Status(Code::kUnavailable, "the stream to " + peer + " broke (gRPC status " +
                                             std::to_string(status.error_code()) +
-                                            "): " + status.error_message());
+                                            "): " + textOf(status));
   }
 }
 

@@ -16,6 +16,9 @@ namespace reducer::transport::grpc_detail {
 /// breaks.
 grpc::Status toGrpc(const Status& reason, grpc::ServerContext& context);
 
+/// Its message, as far as people should read it: it comes from the other end.
+std::string textOf(const grpc::Status& status);
+
 /// What the client's handler is told. `peer` is named where the text is gRPC's.
 Status fromGrpc(const grpc::Status& status, const grpc::ClientContext& context,
                 const std::string& peer);

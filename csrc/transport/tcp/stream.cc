@@ -11,6 +11,7 @@
 
 #include "common/limits.h"
 #include "transport/tcp/core.h"
+#include "wire/utf8.h"
 
 namespace reducer::transport::tcp {
 namespace {
@@ -321,7 +322,7 @@ void Stream::onGoodbye(const Payload& message) {
   const int code = static_cast<unsigned char>(text[0]);
   if (code == static_cast<int>(Code::kOk)) return end(Status());
   end(Status(code <= static_cast<int>(Code::kInternal) ? static_cast<Code>(code) : Code::kInternal,
-             text.substr(1)));
+             wire::withoutControls(text.substr(1))));
 }
 
 void Stream::refuse(const std::string& why) {
