@@ -13,25 +13,12 @@
 #include "transport/address.h"
 #include "transport/grpc/channel_args.h"
 #include "transport/grpc/client_stream.h"
+#include "transport/grpc/peer.h"
 #include "transport/grpc/server_stream.h"
 #include "transport/grpc/timer.h"
 #include "transport/net/fork.h"
 
 namespace reducer::transport::grpc_detail {
-namespace {
-
-/// "ipv6:%5B::1%5D:7000" as "[::1]:7000".
-std::string addressOf(const std::string& grpc_peer) {
-  std::string address = grpc_peer.substr(grpc_peer.find(':') + 1);
-  for (const auto& [written, meant] : {std::pair("%5B", "["), std::pair("%5D", "]")}) {
-    if (const auto at = address.find(written); at != std::string::npos) {
-      address.replace(at, 3, meant);
-    }
-  }
-  return address;
-}
-
-}  // namespace
 
 gpr_timespec deadlineAfter(Duration wait) {
   const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(wait).count();
@@ -134,9 +121,9 @@ void Core::take(Fd fd, const SocketAddress& peer, std::shared_ptr<net::Guest> gu
     const std::lock_guard lock(mutex_);
     if (stopping_) return;
     if (tls_.on()) {  // those that went without a stream
-      std::erase_if(origins_, [](const auto& one) { return one.second.guest->hasLeft(); });
+      std::erase_if(origins_, [](const auto& one) { return one.second.of_first.guest->hasLeft(); });
     }
-    origins_[name] = {address, listener, std::move(guest)};
+    origins_[name] = {{address, listener, std::move(guest)}, /*has_stream=*/false};
   }
   if (!tls_.on()) return grpc::AddInsecureChannelFromFd(server_.get(), fd.release());
   grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
@@ -148,9 +135,13 @@ Core::Origin Core::originOf(const std::string& grpc_peer) {
   const std::string name = tls_.on() ? addressOf(grpc_peer) : grpc_peer;
   const std::lock_guard lock(mutex_);
   const auto found = origins_.find(name);
-  if (found == origins_.end()) return {name, tls_listener_, nullptr};
-  Origin origin = found->second;
-  if (tls_.on()) origins_.erase(found);
+  if (found == origins_.end()) return {name, tls_listener_, dialer_->guests().enter(name)};
+  Origin origin = found->second.of_first;
+  if (tls_.on()) {
+    origins_.erase(found);
+  } else if (std::exchange(found->second.has_stream, true)) {
+    origin.guest = origin.guest->another();
+  }
   return origin;
 }
 

@@ -84,9 +84,10 @@ class Core {
   struct Origin {
     std::string peer;
     std::shared_ptr<ListenerState> listener;
-    std::shared_ptr<net::Guest> guest;
+    std::shared_ptr<net::Guest> guest;  // null: there is no place for it
   };
-  /// Who is behind a stream whose peer gRPC calls "fd:N", or with TLS "ipv4:HOST:PORT".
+  /// Who is behind a new stream whose peer gRPC calls "fd:N", or with TLS "ipv4:HOST:PORT". The
+  /// connection's place among the guests is its first stream's; each further one has its own.
   Origin originOf(const std::string& grpc_peer);
 
   /// A channel of its own for a socket, or with TLS for one that gRPC makes.
@@ -94,6 +95,11 @@ class Core {
   const TlsFiles& tls() const { return tls_; }
 
  private:
+  struct Taken {
+    Origin of_first;
+    bool has_stream = false;
+  };
+
   const std::uint64_t generation_;
   const TlsFiles tls_;
   std::shared_ptr<grpc::ChannelCredentials> credentials_;                     // with TLS
@@ -114,7 +120,7 @@ class Core {
   std::unordered_set<std::shared_ptr<TimerState>> timers_;
   // By gRPC's name: never more than descriptors; with TLS, those of which no stream has come, and
   // the listener of all others.
-  std::unordered_map<std::string, Origin> origins_;
+  std::unordered_map<std::string, Taken> origins_;
   std::shared_ptr<ListenerState> tls_listener_;
   std::vector<std::thread> threads_;
 };

@@ -34,6 +34,7 @@ void ServerStream::accept() {
   origin_ = std::move(origin.listener);
   guest_ = std::move(origin.guest);
   listener_.store(origin_.get());
+  if (origin_ && !guest_) return sendAway();
   // Whoever closes the listener sets `closed` and then looks for its streams: here it is the other
   // way round.
   call_->context.AddInitialMetadata(kAcceptedKey, "1");
@@ -44,6 +45,12 @@ void ServerStream::accept() {
   begin();
   call_->io.SendInitialMetadata(tagOf(metadata_tag_));
   read();
+}
+
+// Whoever has not been told that it is accepted tries again.
+void ServerStream::sendAway() {
+  close(Status(Code::kUnavailable, net::kCrowded), /*flush=*/true);
+  openForWriting();
 }
 
 void ServerStream::admit(std::size_t message_bytes) {

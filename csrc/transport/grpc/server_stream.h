@@ -40,6 +40,8 @@ class ServerStream final : public Stream {
   std::size_t messageMax() const override { return message_max_; }
   Status endReason() override;
   void accept();
+  /// There is no place for it among the guests.
+  void sendAway();
 
   std::shared_ptr<Call> call_;
   bool started_ = false;

@@ -241,6 +241,18 @@ void demand(SSL* ssl, const std::string& address) {
   SSL_set_tlsext_host_name(ssl, host.c_str());
 }
 
+/// The other end has too many strangers, and says so before any TLS.
+bool isBusy(int fd) {
+  char begin[net::kGreetingBytes];
+  return ::recv(fd, begin, sizeof begin, MSG_PEEK | MSG_DONTWAIT) ==
+             static_cast<ssize_t>(sizeof begin) &&
+         std::string_view(begin, sizeof begin) == net::kBusy;
+}
+
+Status crowded(const std::string& address) {
+  return Status(Code::kUnavailable, address + ": " + net::kCrowded + "; try again");
+}
+
 // Beside OpenSSL's own errors.
 constexpr int kTooLate = -1;
 
@@ -300,7 +312,12 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
   SSL_set_alpn_protos(ssl.get(), kProtocols, sizeof kProtocols - 1);
   SSL_set_fd(ssl.get(), fd.get());
 
-  int error = drive(ssl.get(), fd.get(), deadline, [&] { return SSL_connect(ssl.get()); });
+  bool busy = false;
+  int error = drive(ssl.get(), fd.get(), deadline, [&] {
+    busy = busy || isBusy(fd.get());
+    return SSL_connect(ssl.get());
+  });
+  const bool reset = error == SSL_ERROR_SYSCALL && errno == ECONNRESET;
   const bool shaken = error == SSL_ERROR_NONE;
   if (shaken) {
     // By TLS 1.3 a server looks at the client's certificate when the client is done; what it sends
@@ -314,7 +331,10 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
   if (error == kTooLate) {
     return Status(Code::kTimeout, "the TLS handshake with " + address + " takes too long");
   }
+  if (busy) return crowded(address);
   if (shaken) return distrusted(address, files);
+  // As where it had no place, and no time to say so.
+  if (reset) return Status(Code::kUnavailable, address + " reset the connection; try again");
   if (const long result = SSL_get_verify_result(ssl.get()); result != X509_V_OK) {
     return distrust(address, files, refused, result);
   }
@@ -348,9 +368,11 @@ Status explain(const std::string& address, const TlsFiles& files) {
   const bool told =
       ::send(fd.get(), net::kGreeting.data(), net::kGreetingBytes, MSG_NOSIGNAL) > 0 &&
       comes(POLLIN) &&
-      ::recv(fd.get(), answer, sizeof answer, 0) == static_cast<ssize_t>(sizeof answer) &&
-      std::string_view(answer, sizeof answer) == net::kTlsOnly;
-  return told ? net::tlsWanted(address) : Status();
+      ::recv(fd.get(), answer, sizeof answer, 0) == static_cast<ssize_t>(sizeof answer);
+  if (!told) return {};
+  const std::string_view word(answer, sizeof answer);
+  if (word == net::kBusy) return crowded(address);
+  return word == net::kTlsOnly ? net::tlsWanted(address) : Status();
 }
 
 }  // namespace grpc_detail

@@ -229,8 +229,7 @@ void Dialer::answered(std::unique_lock<std::mutex>& lock, Call& call) {
   }
   if (text == kTlsOnly) return tlsWanted(lock, call);
   if (text == kBusy) {
-    return failed(call, "it has too many connections that have not said who they are",
-                  Clock::now());
+    return failed(call, kCrowded, Clock::now());
   }
   estranged(lock, call,
             text.empty() ? "it closed the connection" : "it answers in another protocol");
@@ -288,7 +287,7 @@ void Dialer::acceptAll(std::unique_lock<std::mutex>& lock, std::uint64_t id, int
       if (out_of_something) accepted_.wait_for(lock, kAcceptPause, [this] { return stopping_; });
       return;
     }
-    std::shared_ptr<Guest> guest = guests_->enter(peer);
+    std::shared_ptr<Guest> guest = guests_->enter(toString(peer));
     if (!guest) {
       (void)!::send(socket.get(), kBusy.data(), kBusy.size(), MSG_NOSIGNAL);
       continue;

@@ -53,6 +53,8 @@ class Dialer {
   /// Joins the thread; nobody is called afterwards.
   void stop();
   const std::string& congestionControl() const { return congestion_control_; }
+  /// Who was accepted, and has not said who it is.
+  Guests& guests() { return *guests_; }
 
   /// `guest` leaves when the peer has said who it is.
   using OnAccept = std::function<void(Fd fd, const SocketAddress& peer, Speech speech,

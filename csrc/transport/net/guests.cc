@@ -11,11 +11,6 @@ namespace {
 constexpr std::size_t kMostMin = 64;
 constexpr std::size_t kMostMax = 1024;
 
-std::string hostOf(const SocketAddress& peer) {
-  const std::string address = toString(peer);
-  return address.substr(0, address.rfind(':'));
-}
-
 }  // namespace
 
 Guest::Guest(std::shared_ptr<Guests> guests, std::string host)
@@ -24,6 +19,8 @@ Guest::Guest(std::shared_ptr<Guests> guests, std::string host)
 void Guest::leave() {
   if (!left_.exchange(true)) guests_->left(host_);
 }
+
+std::shared_ptr<Guest> Guest::another() { return guests_->enterFrom(host_); }
 
 std::shared_ptr<Guests> Guests::forThisProcess() {
   rlimit limit{};
@@ -36,8 +33,11 @@ std::shared_ptr<Guests> Guests::forThisProcess() {
 Guests::Guests(std::size_t most, std::size_t most_of_one)
     : most_(most), most_of_one_(most_of_one) {}
 
-std::shared_ptr<Guest> Guests::enter(const SocketAddress& peer) {
-  std::string host = hostOf(peer);
+std::shared_ptr<Guest> Guests::enter(const std::string& peer) {
+  return enterFrom(peer.substr(0, peer.rfind(':')));
+}
+
+std::shared_ptr<Guest> Guests::enterFrom(std::string host) {
   {
     const std::lock_guard lock(mutex_);
     const auto found = count_of_.find(host);

@@ -1,5 +1,6 @@
-// Connections that were accepted and have not said who they are: so many, and no more, so that
-// whoever opens connections and says nothing takes neither all descriptors nor all memory.
+// Connections, and streams on them, that were accepted and have not said who they are: so many, and
+// no more, so that whoever opens connections and says nothing takes neither all descriptors nor all
+// memory.
 #pragma once
 
 #include <atomic>
@@ -16,6 +17,9 @@ namespace reducer::transport::net {
 
 class Guests;
 
+/// What those are told for whom there is no place.
+inline constexpr char kCrowded[] = "it has too many connections that have not said who they are";
+
 /// One such connection's place, until leave() or the end. Thread safe.
 class Guest {
  public:
@@ -25,6 +29,8 @@ class Guest {
   Guest& operator=(const Guest&) = delete;
   /// It has said who it is, or is gone. Idempotent.
   void leave();
+  /// A second place for the same address. Null as Guests::enter.
+  std::shared_ptr<Guest> another();
   bool hasLeft() const { return left_; }
 
  private:
@@ -41,8 +47,8 @@ class Guests : public std::enable_shared_from_this<Guests> {
   static std::shared_ptr<Guests> forThisProcess();
   Guests(std::size_t most, std::size_t most_of_one);
 
-  /// Null if there are too many, in all or of this address.
-  std::shared_ptr<Guest> enter(const SocketAddress& peer);
+  /// Null if there are too many, in all or of this address. `peer`: "host:port".
+  std::shared_ptr<Guest> enter(const std::string& peer);
   /// Somebody was sent away: counted.
   void refuse() { ++refused_; }
   std::uint64_t refused() const { return refused_; }
@@ -51,6 +57,7 @@ class Guests : public std::enable_shared_from_this<Guests> {
 
  private:
   friend class Guest;
+  std::shared_ptr<Guest> enterFrom(std::string host);
   void left(const std::string& host);
 
   const std::size_t most_;
