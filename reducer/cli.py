@@ -96,6 +96,14 @@ def serve(
         str | None,
         typer.Option(metavar="FILE", help="Tokens, one a line: who connects has to have one of them."),
     ] = None,
+    admin_token_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Operators' tokens, one a line: only who has one of them may drain it by a call and see all groups. "
+            "A job's token shows its own groups, and drains where it is the only one and there are no operators' ones.",
+        ),
+    ] = None,
 ) -> None:
     """Run a reduction server on this host, until a signal ends it.
 
@@ -111,8 +119,9 @@ def serve(
     REDUCER_SERVERS=host1:7000,host2:7000
 
     Files of TLS and tokens may also be named by REDUCER_TLS_CERT,
-    REDUCER_TLS_KEY, REDUCER_TLS_CA and REDUCER_TOKEN_FILE; they are read again
-    when they change (docs/security.md).
+    REDUCER_TLS_KEY, REDUCER_TLS_CA, REDUCER_TOKEN_FILE and
+    REDUCER_ADMIN_TOKEN_FILE; they are read again when they change
+    (docs/security.md).
     """
     from reducer.serve import serve as start
 
@@ -122,6 +131,8 @@ def serve(
         arguments += ["--threads", str(threads)]
     if memory_limit is not None:
         arguments += ["--memory-limit", memory_limit]
+    if admin_token_file is not None:
+        arguments += ["--admin-token-file", admin_token_file]
     start([*arguments, *_security(tls_cert, tls_key, tls_ca, token_file)])
 
 
@@ -145,7 +156,12 @@ def stats(
     ] = None,
     tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key (PEM).")] = None,
     token_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A token, for reducers that have tokens.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A token, for reducers that have tokens: a job's shows its own groups, an operator's (of the "
+            "reducers' --admin-token-file) all.",
+        ),
     ] = None,
 ) -> None:
     """Ask running reducers for their counters: memory, bytes, slots, groups.
@@ -200,7 +216,8 @@ def _print_stats(address: str, reply: dict[str, Any]) -> None:
     console.print(table)
     if not reply["groups"]:
         return
-    groups = Table("job", "group", "workers connected", "memory reserved", title="groups")
+    title = "groups" if reply.get("all_groups", True) else "groups of this token"
+    groups = Table("job", "group", "workers connected", "memory reserved", title=title)
     for group in reply["groups"]:
         connected = f"{group['connected']} of {group['world_size']}"
         groups.add_row(group["job"][:8], group["group"], connected, format_size(group["reserved_bytes"]))

@@ -1,8 +1,6 @@
 // The control plane of a standalone reducer: reducer.v1.Control, health, reflection.
 #pragma once
 
-#include <atomic>
-#include <functional>
 #include <memory>
 
 #include "server/server.h"
@@ -10,28 +8,42 @@
 
 namespace grpc {
 class ServerBuilder;
-}
+class ServerCompletionQueue;
+}  // namespace grpc
 
 namespace reducer::reducerd {
 
 /// Metadata of Stats and Drain.
 inline constexpr char kTokenKey[] = "reducer-token";
 
+struct ControlOptions {
+  /// Of jobs: its groups are all that one of them sees, and where it is the only one and there are
+  /// no operators it may drain. Null: there are none.
+  std::shared_ptr<server::TokenFile> tokens;
+  /// Of operators, who see all groups and may drain. Null: there are none; then, without `tokens`,
+  /// everybody is one.
+  std::shared_ptr<server::TokenFile> admin_tokens;
+  /// Its services are described to whoever asks, by a service of gRPC's that holds threads for it.
+  bool reflects = false;
+};
+
 /// Made before the server that it tells about, because gRPC takes its services when the transport
-/// is made. Thread safe.
+/// is made, and destroyed after the transport. Thread safe.
 class Control {
  public:
-  /// `tokens`: one of them has to come with Stats and Drain; null: none has to.
-  explicit Control(std::shared_ptr<server::TokenFile> tokens);
+  explicit Control(ControlOptions options);
   ~Control();
   Control(const Control&) = delete;
   Control& operator=(const Control&) = delete;
 
   /// Adds the services to the builder of the data plane's listener.
   void configure(grpc::ServerBuilder& builder);
+  /// Waits for calls on the queue that the data plane's threads serve.
+  void serve(grpc::ServerCompletionQueue& queue);
   /// From now on the services answer.
   void attach(server::ReducerServer& server);
-  /// To be called before the server is destroyed: the services outlive it.
+  /// To be called before server and transport are destroyed: the services outlive them. Whoever
+  /// watches the health is told, and sent away.
   void detach();
   /// Health becomes NOT_SERVING.
   void setServing(bool serving);

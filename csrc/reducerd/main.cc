@@ -47,11 +47,16 @@ void raiseDescriptorLimit() {
   (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+/// Whoever reaches it may be a worker.
+bool isOpen(const Options& options) {
+  const bool mutual = options.tls.on() && !options.tls.ca.empty();
+  return !mutual && options.token_file.empty();
+}
+
 /// Other hosts can reach it, and it knows none of them.
 void warnIfOpen(const Options& options) {
-  const bool mutual = options.tls.on() && !options.tls.ca.empty();
   auto addresses = transport::net::resolve(options.listen);
-  if (mutual || !options.token_file.empty() || !addresses.ok()) return;
+  if (!isOpen(options) || !addresses.ok()) return;
   const std::vector<transport::net::SocketAddress>& all = addresses.value();
   if (std::all_of(all.begin(), all.end(), transport::net::isLoopback)) return;
   std::fprintf(
@@ -70,22 +75,27 @@ int failed(const Status& status) {
 int serve(const Options& options) {
   const sigset_t signals = blockSignals();
   raiseDescriptorLimit();
-  std::shared_ptr<server::TokenFile> tokens;
-  if (!options.token_file.empty()) {
-    auto opened = server::TokenFile::open(options.token_file);
+  ControlOptions who;
+  for (const auto& [path, tokens] : {std::pair(&options.token_file, &who.tokens),
+                                     std::pair(&options.admin_token_file, &who.admin_tokens)}) {
+    if (path->empty()) continue;
+    auto opened = server::TokenFile::open(*path);
     if (!opened.ok()) return failed(opened.status());
-    tokens = std::move(opened).value();
+    *tokens = std::move(opened).value();
   }
   if (Status status = transport::checkTls(options.tls, transport::TlsRole::kServer); !status.ok())
     return failed(status);
   warnIfOpen(options);
-  Control control(tokens);
+  who.reflects = isOpen(options) && !who.admin_tokens;
+  const std::shared_ptr<server::TokenFile> tokens = who.tokens;
+  Control control(std::move(who));
   transport::HostsOptions hosts;
   hosts.network = options.network;
   hosts.grpc.threads = options.threads;
   hosts.grpc.congestion_control = options.congestion_control;
   hosts.grpc.tls = options.tls;
   hosts.grpc.configure_server = [&](::grpc::ServerBuilder& builder) { control.configure(builder); };
+  hosts.grpc.serve = [&](::grpc::ServerCompletionQueue& queue) { control.serve(queue); };
   const auto transport = transport::makeHostsTransport(std::move(hosts));
   server::ServerOptions settings;
   settings.standalone = true;

@@ -20,7 +20,7 @@ constexpr int kThreadsDefaultMax = 4;
 constexpr int kThreadsMax = 256;
 
 // Options without a letter.
-enum : int { kTlsCert = 256, kTlsKey, kTlsCa, kTokenFile };
+enum : int { kTlsCert = 256, kTlsKey, kTlsCa, kTokenFile, kAdminTokenFile };
 
 std::string fromEnvironment(const char* name) {
   const char* const value = std::getenv(name);
@@ -59,7 +59,7 @@ std::string helpText() {
          "SECONDS]\n"
          "                      [--congestion-control NAME] [--transport auto|grpc] [--tls-cert "
          "FILE --tls-key FILE]\n"
-         "                      [--tls-ca FILE] [--token-file FILE]\n"
+         "                      [--tls-ca FILE] [--token-file FILE] [--admin-token-file FILE]\n"
          "\n"
          "A reduction server: sums what the workers of training jobs push and returns the sums.\n"
          "\n"
@@ -85,12 +85,18 @@ std::string helpText() {
          "  --tls-ca FILE        authorities (PEM): whoever connects has to show a certificate of "
          "one of them\n"
          "  --token-file FILE    tokens, one a line: whoever connects has to have one of them\n"
-         "                       (environment: REDUCER_TLS_CERT, _KEY, _CA, REDUCER_TOKEN_FILE; "
-         "the "
-         "files are read again\n"
-         "                       when they change)\n"
+         "  --admin-token-file FILE\n"
+         "                       operators' tokens, one a line: only who has one of them may Drain "
+         "it and see all\n"
+         "                       groups, and a job's token shows its own (without it, Drain is "
+         "refused where\n"
+         "                       --token-file has several)\n"
+         "                       (environment: REDUCER_TLS_CERT, _KEY, _CA, REDUCER_TOKEN_FILE, "
+         "REDUCER_ADMIN_TOKEN_FILE;\n"
+         "                       the files are read again when they change)\n"
          "  --stats HOST:PORT    ask a running reducer for its counters, print them as JSON, and "
-         "end\n"
+         "end; --token-file\n"
+         "                       names a file with a job's token, or an operator's\n"
          "  --version, --help\n"
          "\n"
          "Prints one line when ready. SIGTERM or SIGINT: takes in no new group, ends when the last "
@@ -106,6 +112,8 @@ Result<Options> parseOptions(int argc, char** argv) {
   options.tls = {fromEnvironment("REDUCER_TLS_CERT"), fromEnvironment("REDUCER_TLS_KEY"),
                  fromEnvironment("REDUCER_TLS_CA")};
   options.token_file = fromEnvironment("REDUCER_TOKEN_FILE");
+  options.admin_token_file = fromEnvironment("REDUCER_ADMIN_TOKEN_FILE");
+  bool names_operators = false;
   const option known[] = {{"listen", required_argument, nullptr, 'l'},
                           {"threads", required_argument, nullptr, 't'},
                           {"memory-limit", required_argument, nullptr, 'm'},
@@ -116,6 +124,7 @@ Result<Options> parseOptions(int argc, char** argv) {
                           {"tls-key", required_argument, nullptr, kTlsKey},
                           {"tls-ca", required_argument, nullptr, kTlsCa},
                           {"token-file", required_argument, nullptr, kTokenFile},
+                          {"admin-token-file", required_argument, nullptr, kAdminTokenFile},
                           {"stats", required_argument, nullptr, 's'},
                           {"help", no_argument, nullptr, 'h'},
                           {"version", no_argument, nullptr, 'v'},
@@ -171,6 +180,10 @@ Result<Options> parseOptions(int argc, char** argv) {
       case kTokenFile:
         options.token_file = optarg;
         break;
+      case kAdminTokenFile:
+        options.admin_token_file = optarg;
+        names_operators = true;
+        break;
       case 's':
         options.stats_of = optarg;
         break;
@@ -183,6 +196,9 @@ Result<Options> parseOptions(int argc, char** argv) {
       default:
         return wrong(argv[optind - 1], "unknown option, or its value is missing; see --help");
     }
+  }
+  if (names_operators && !options.stats_of.empty()) {
+    return wrong("--admin-token-file", "is for serving; --stats takes such a file by --token-file");
   }
   if (optind < argc) return wrong(argv[optind], "unexpected; see --help");
   return options;

@@ -19,6 +19,7 @@ struct Options {
   transport::Network network = transport::Network::kAuto;  ///< what workers may connect by
   transport::TlsFiles tls;                                 ///< also from REDUCER_TLS_*
   std::string token_file;                                  ///< also from REDUCER_TOKEN_FILE
+  std::string admin_token_file;                            ///< also from REDUCER_ADMIN_TOKEN_FILE
   std::string stats_of;                                    ///< not empty: ask this reducer and end
   bool help = false;
   bool version = false;

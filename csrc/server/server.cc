@@ -56,10 +56,7 @@ ServerState::Account ServerState::admit(const std::shared_ptr<Session>& session,
   silent.erase(session);
   const auto found = groups.find(hello.job);
   // Whoever may not be here learns nothing else.
-  if ((options.tokens && !options.tokens->admits(hello.token)) ||
-      (found != groups.end() && !sameSecret(found->second.token, hello.token))) {
-    return notAdmitted();
-  }
+  if (found != groups.end() && !sameSecret(found->second.token, hello.token)) return notAdmitted();
   if (hello.host.size() > kMaxNameBytes || hello.group.size() > kMaxNameBytes) {
     return Status(Code::kInvalidArgument, "rank " + std::to_string(hello.rank) +
                                               " has a host's or a group's name of more than " +
@@ -244,7 +241,7 @@ std::shared_ptr<Session> ServerState::open(std::shared_ptr<transport::Connection
     if (room) silent.emplace(session, transport.now());
   }
   if (!room) {
-    session->refuse(Code::kResourceExhausted,
+    session->refuse(Code::kUnavailable,
                     "this reducer has too many connections that have not said which worker they "
                     "are; try again");
   }
@@ -313,7 +310,7 @@ std::shared_ptr<transport::Connection> ReducerServer::connectLocal(
                           });
 }
 
-ServerStats ReducerServer::stats() const {
+ServerStats ReducerServer::stats(std::optional<std::string_view> token) const {
   ServerStats stats;
   stats.memory_limit_bytes = state_->options.memory_limit_bytes;
   stats.taken_bytes = state_->memory->taken();
@@ -336,6 +333,7 @@ ServerStats ReducerServer::stats() const {
   for (const auto& [job, record] : state_->groups) {
     const std::uint64_t promise = record.account->promise();
     stats.reserved_bytes += promise;
+    if (token && !sameSecret(record.token, *token)) continue;
     stats.groups.push_back({hexadecimal(job), record.name, record.world_size,
                             static_cast<std::int32_t>(record.ranks.size()), promise});
   }

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/status.h"
@@ -87,7 +89,8 @@ class ReducerServer {
   /// caller's thread.
   std::shared_ptr<transport::Connection> connectLocal(std::shared_ptr<transport::Handler> handler);
 
-  ServerStats stats() const;
+  /// `token`: of the groups, those of this token only; all else is of the whole reducer.
+  ServerStats stats(std::optional<std::string_view> token = {}) const;
 
   /// The last collective of which a push of that rank came here; for what is said of it when it
   /// dies.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/limits.h"
+#include "server/tokens.h"
 #include "wire/lane.h"
 
 namespace reducer::server {
@@ -184,6 +185,10 @@ Status Session::hello(const wire::Hello& hello) {
     const std::lock_guard lock(mutex_);
     if (refused_) return {};
     if (joined_) return Status(Code::kInvalidArgument, "a second hello on one connection");
+    // First: a stranger learns nothing of this reducer. (It may read the file, which is nothing to
+    // do with the registry's lock held.)
+    TokenFile* const tokens = state_->options.tokens.get();
+    if (tokens != nullptr && !tokens->admits(hello.token)) return notAdmitted();
     if (hello.version != kProtocolVersion) {
       return Status(Code::kVersion, "this reducer (" + state_->options.host +
                                         ") speaks protocol version " +

@@ -95,6 +95,12 @@ bool TokenFile::admits(std::string_view token) {
   return found != 0;
 }
 
+std::size_t TokenFile::count() {
+  const std::lock_guard lock(mutex_);
+  refresh();
+  return tokens_.size();
+}
+
 std::string TokenFile::any() {
   const std::lock_guard lock(mutex_);
   refresh();

@@ -30,6 +30,8 @@ class TokenFile {
   /// True if `token` is one of the file's; it is compared with all of them.
   bool admits(std::string_view token);
 
+  std::size_t count();
+
   /// One of them: for who asks a reducer.
   std::string any();
 

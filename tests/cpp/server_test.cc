@@ -122,7 +122,7 @@ TEST_F(ServerTest, OnlySoManyConnectionsMayBeSilentAtOnce) {
     refused += one->closes();
     if (one->closes() == 0) continue;
     ASSERT_EQ(one->arrived().size(), 1U);
-    EXPECT_EQ(one->arrived()[0].frame.code, Code::kResourceExhausted);
+    EXPECT_EQ(one->arrived()[0].frame.code, Code::kUnavailable);
   }
   EXPECT_EQ(refused, 3);
   push(*worker, 0, 10);

@@ -1,14 +1,19 @@
-"""A client of a reducer that shares no code with it: Python's grpcio, and messages from what reflection tells."""
+"""A client of a reducer that shares no code with it: Python's grpcio, and messages from the .proto file."""
 
 from __future__ import annotations
 
+import functools
 import queue
 import struct
+import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import descriptor_pool, message_factory
+from certificates import Files
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -17,6 +22,26 @@ HELLO, WELCOME, PUSH, RESULT, ERROR, CANCEL, BYE = range(1, 8)
 SETTLED, BEAT, RESEND = 12, 13, 17
 PROTOCOL_VERSION = 3
 WINDOW_BYTES = 1 << 20
+PROTO = Path(__file__).resolve().parents[2] / "csrc" / "wire" / "reducer.proto"
+
+
+@functools.cache
+def described() -> descriptor_pool.DescriptorPool:
+    """What is in the .proto file. (A reducer with tokens describes itself to nobody.)"""
+    with tempfile.NamedTemporaryFile() as out:
+        subprocess.run(
+            ["protoc", f"-I{PROTO.parent}", f"--descriptor_set_out={out.name}", PROTO], check=True, timeout=WAIT_S
+        )
+        files = descriptor_pb2.FileDescriptorSet.FromString(Path(out.name).read_bytes())
+    pool = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        pool.AddSerializedFile(file.SerializeToString())
+    return pool
+
+
+def message(name: str) -> Any:
+    """The class of a message of the .proto file."""
+    return message_factory.GetMessageClass(described().FindMessageTypeByName(name))
 
 
 def promised(workers: int, window_bytes: int) -> int:
@@ -27,11 +52,14 @@ def promised(workers: int, window_bytes: int) -> int:
 class Client:
     """A connection to one reducer. Use as a context."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, address: str, tls: Files | None = None) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        if tls is None:
+            self.channel = grpc.insecure_channel(address, options)
+        else:
+            files = [path.read_bytes() for path in (tls.ca, tls.key, tls.cert)]
+            self.channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options)
         grpc.channel_ready_future(self.channel).result(WAIT_S)
-        self._known = ProtoReflectionDescriptorDatabase(self.channel)
-        self._pool = descriptor_pool.DescriptorPool(self._known)
 
     def __enter__(self) -> Client:
         return self
@@ -40,17 +68,21 @@ class Client:
         self.channel.close()
 
     def services(self) -> list[str]:
-        return list(self._known.get_services())
+        """What reflection lists."""
+        return list(ProtoReflectionDescriptorDatabase(self.channel).get_services())
+
+    def reflected(self, name: str) -> Any:
+        """The descriptor of a message as the reducer tells it."""
+        pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(self.channel))
+        return pool.FindMessageTypeByName(name)
 
     def message(self, name: str) -> Any:
-        """The class of a message, made from the file that the reducer describes."""
-        return message_factory.GetMessageClass(self._pool.FindMessageTypeByName(name))
+        return message(name)
 
     def call(self, method: str, metadata: Sequence[tuple[str, str]] = ()) -> Any:
-        """Calls "reducer.v1.Control/NAME" with an empty request, by its described types; the reply."""
-        described = self._pool.FindServiceByName("reducer.v1.Control").methods_by_name[method]
-        request = message_factory.GetMessageClass(described.input_type)()
-        reply = message_factory.GetMessageClass(described.output_type)
+        """Calls "reducer.v1.Control/NAME" with an empty request, by the .proto file's types; the reply."""
+        request = message(f"reducer.v1.{method}Request")()
+        reply = message(f"reducer.v1.{method}Reply")
         invoke = self.channel.unary_unary(
             f"/reducer.v1.Control/{method}",
             request_serializer=type(request).SerializeToString,
@@ -75,7 +107,7 @@ class Exchange:
 
     def __init__(self, client: Client) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.frame = client.message("reducer.v1.Frame")
+        self.frame = message("reducer.v1.Frame")
         self._call = client.channel.stream_stream("/reducer.v1.Data/Exchange")(self._requests(), timeout=WAIT_S)
 
     def _requests(self) -> Iterator[bytes]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from control_client import ERROR, HELLO, Client
-from servers import serving
+from control_client import ERROR, HELLO, message
 
 VERSION_CODE = 7  # reducer::Code::kVersion
 
@@ -18,9 +17,7 @@ class FakeReducer:
     def __init__(self, protocol_version: int, threads: int = 8) -> None:
         self.ranks_seen: list[int] = []
         self._version = protocol_version
-        # The messages as a real reducer describes them.
-        with serving() as real, Client(real.address) as client:
-            self._frame = client.message("reducer.v1.Frame")
+        self._frame = message("reducer.v1.Frame")
         # A stream takes a thread for as long as it lives.
         self._server = grpc.server(ThreadPoolExecutor(threads))
         handler = grpc.stream_stream_rpc_method_handler(self._exchange)

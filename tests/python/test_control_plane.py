@@ -23,6 +23,7 @@ from control_client import (
     Exchange,
     crc32c,
     floats,
+    message,
     promised,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -83,7 +84,10 @@ def test_health(client: Client) -> None:
 
 def test_reflection_describes_the_services(client: Client) -> None:
     assert {"reducer.v1.Data", "reducer.v1.Control", "grpc.health.v1.Health"} <= set(client.services())
-    frame = client.message("reducer.v1.Frame").DESCRIPTOR.fields_by_name
+    frame = client.reflected("reducer.v1.Frame").fields_by_name
+    assert {name: field.number for name, field in frame.items()} == {
+        name: field.number for name, field in message("reducer.v1.Frame").DESCRIPTOR.fields_by_name.items()
+    }
     assert frame["payload"].number == max(field.number for field in frame.values())
 
 
@@ -184,6 +188,15 @@ def test_a_window_that_the_group_does_not_have_is_refused(client: Client, open_s
     for stream in (first, second):
         stream.push([1.0])
     assert [floats(stream.receive().payload) for stream in (first, second)] == [[2.0], [2.0]]
+
+
+def test_what_a_peer_calls_itself_obeys_no_terminal(open_stream: Callable[[], Exchange]) -> None:
+    first, second = open_stream(), open_stream()
+    first.join(rank=0, world_size=2, host="evil\x1b[2J\x07", config_text="a\x7f\tb", config=1)
+    second.hello(rank=1, world_size=2, group="g\rroup", config=2)
+    text = second.receive().text
+    assert "group 'g?roup' is set up differently" in text
+    assert "rank 0 (evil?[2J?) has 2 and a?\tb" in text
 
 
 def test_a_push_before_hello_is_refused(open_stream: Callable[[], Exchange]) -> None:

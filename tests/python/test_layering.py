@@ -36,7 +36,7 @@ MAY_INCLUDE: dict[str, frozenset[str]] = {
         {"common", "kernels", "wire", "engine", "transport", "server", "collective", "runtime", "simulate"}
     ),
     "reducerd": frozenset(
-        {"common", "transport", "transport/grpc", "transport/hosts", "server", "collective", "runtime"}
+        {"common", "transport", "transport/net", "transport/grpc", "transport/hosts", "server", "collective", "runtime"}
     ),
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import re
 import secrets
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from certificates import Files, issue
-from control_client import ERROR, RESULT, Client
+from control_client import ERROR, PROTOCOL_VERSION, RESULT, Client
 from ranks import RankFailure, Ranks, run_ranks
+from relays import tapped
 from servers import server_binary, serving, started
 
 import reducer
@@ -31,6 +32,7 @@ from reducer.options import resolve
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "token-" + secrets.token_hex(16)
 OTHER_TOKEN = "other-" + secrets.token_hex(16)
+ADMIN_TOKEN = "admin-" + secrets.token_hex(16)
 NOT_ADMITTED = "this reducer does not let this worker in"
 WAIT_S = 20.0
 
@@ -88,50 +90,6 @@ def error_of(n: int, env: dict[str, str] | list[dict[str, str]], kind: type[Exce
 
 
 # ---------------------------------------------------------------- TLS
-
-
-@contextlib.contextmanager
-def tapped(address: str) -> Iterator[tuple[str, bytearray]]:
-    """A relay to `address`, and what went through it."""
-    host, port = address.rsplit(":", 1)
-    seen = bytearray()
-    listening = socket.create_server(("127.0.0.1", 0))
-    ends: list[socket.socket] = []
-    threads: list[threading.Thread] = []
-
-    def relay(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                seen.extend(data)
-                target.sendall(data)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = listening.accept()
-                far = socket.create_connection((host, int(port)))
-                ends.extend((near, far))
-                for pair in ((near, far), (far, near)):
-                    threads.append(threading.Thread(target=relay, args=pair))
-                    threads[-1].start()
-
-    acceptor = threading.Thread(target=accept)
-    acceptor.start()
-    try:
-        yield f"127.0.0.1:{listening.getsockname()[1]}", seen
-    finally:
-        listening.shutdown(socket.SHUT_RDWR)
-        listening.close()
-        acceptor.join(WAIT_S)
-        for end in ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in threads:
-            thread.join(WAIT_S)
-        for end in ends:
-            end.close()
 
 
 def test_nothing_that_crosses_can_be_read(tls: Files, token_file: Path) -> None:
@@ -369,6 +327,8 @@ def test_strangers_get_one_answer_and_jobs_stay_apart(token_file: Path) -> None:
             {"token": OTHER_TOKEN.encode()},  # one of another job
             {"token": b"", "job": b"short"},  # that its job is wrong, too, is none of its business
             {"token": b"", "rank": 0},  # taken
+            {"version": PROTOCOL_VERSION + 1},  # and nothing of this one
+            {"version": PROTOCOL_VERSION + 1, "token": b"x" * 32},
         ):
             stranger = client.exchange()
             stranger.hello(**({"rank": 1, "world_size": 2} | hello))
@@ -379,6 +339,11 @@ def test_strangers_get_one_answer_and_jobs_stay_apart(token_file: Path) -> None:
             texts.add(answer.text)
         assert len(texts) == 1
         assert NOT_ADMITTED in texts.pop()
+        # Whose token is right learns of the version.
+        later = client.exchange()
+        later.hello(rank=1, world_size=2, token=TOKEN.encode(), version=PROTOCOL_VERSION + 1)
+        assert f"speaks protocol version {PROTOCOL_VERSION}" in later.receive().text
+        assert later.ended()
         # Those who were turned away changed nothing.
         other = client.exchange()
         other.join(rank=1, world_size=2, token=TOKEN.encode())
@@ -388,24 +353,144 @@ def test_strangers_get_one_answer_and_jobs_stay_apart(token_file: Path) -> None:
         for worker in (member, other):
             worker.cut()
         counted = client.call("Stats", [("reducer-token", TOKEN)])
-        assert counted.refused == 6
+        assert counted.refused == 9
 
 
 def test_counters_and_drain_need_a_token_and_health_does_not(token_file: Path) -> None:
     with serving("--token-file", str(token_file)) as server, Client(server.address) as client:
         for method in ("Stats", "Drain"):
             for metadata in ([], [("reducer-token", OTHER_TOKEN)]):
-                with pytest.raises(grpc.RpcError) as refused:
-                    client.call(method, metadata)
-                assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
-        assert not client.call("Stats", [("reducer-token", TOKEN)]).draining
+                assert "a token of its jobs; set REDUCER_TOKEN_FILE" in denied(client, method, metadata)
+        assert not client.call("Stats", with_token(TOKEN)).draining
         assert client.healthy()
         assert stats(server.address).returncode == 1
         assert "REDUCER_TOKEN_FILE" in stats(server.address).stderr
         assert stats(server.address, "--token-file", str(token_file)).returncode == 0
         assert stats(server.address, REDUCER_TOKEN_FILE=str(token_file)).returncode == 0
-        client.call("Drain", [("reducer-token", TOKEN)])
+        # Of the only token, whose jobs are all that end.
+        client.call("Drain", with_token(TOKEN))
         assert server.wait() == 0
+
+
+def with_token(token: str) -> list[tuple[str, str]]:
+    return [("reducer-token", token)]
+
+
+def denied(client: Client, method: str, metadata: list[tuple[str, str]]) -> str:
+    """What a call is told that is refused."""
+    with pytest.raises(grpc.RpcError) as refused:
+        client.call(method, metadata)
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    return str(refused.value.details())
+
+
+@contextlib.contextmanager
+def two_jobs(client: Client) -> Iterator[None]:
+    """A group of each of the tokens."""
+    workers = [client.exchange(), client.exchange()]
+    for worker, token in zip(workers, (TOKEN, OTHER_TOKEN), strict=True):
+        worker.join(job=token[:16].encode(), group=token[:5], token=token.encode())
+    yield
+    for worker in workers:
+        worker.close()
+
+
+def test_a_token_sees_its_own_groups_and_does_not_end_others(token_file: Path) -> None:
+    token_file.write_text(f"{TOKEN}\n{OTHER_TOKEN}\n")
+    with serving("--token-file", str(token_file)) as server, Client(server.address) as client:
+        with two_jobs(client):
+            for token in (TOKEN, OTHER_TOKEN):
+                seen = client.call("Stats", with_token(token))
+                assert [group.group for group in seen.groups] == [token[:5]]
+                assert not seen.all_groups
+                assert (seen.connections, seen.reserved_bytes) == (2, 2 * seen.groups[0].reserved_bytes)
+        refused = denied(client, "Drain", with_token(TOKEN))
+        assert "SIGTERM" in refused
+        assert "--admin-token-file" in refused
+        assert not client.call("Stats", with_token(TOKEN)).draining
+        # The file is read again: now it is the only one.
+        token_file.write_text(f"{TOKEN}\n")
+        client.call("Drain", with_token(TOKEN))
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_operators_see_all_groups_and_drain(
+    token_file: Path, tmp_path: Path, by_environment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin_file = tmp_path / "admin"
+    admin_file.write_text(f"{ADMIN_TOKEN}\n")
+    token_file.write_text(f"{TOKEN}\n{OTHER_TOKEN}\n")
+    options = ["--token-file", str(token_file)]
+    if by_environment:
+        monkeypatch.setenv("REDUCER_ADMIN_TOKEN_FILE", str(admin_file))
+    else:
+        options += ["--admin-token-file", str(admin_file)]
+    with serving(*options) as server, Client(server.address) as client:
+        monkeypatch.delenv("REDUCER_ADMIN_TOKEN_FILE", raising=False)
+        with two_jobs(client):
+            seen = client.call("Stats", with_token(ADMIN_TOKEN))
+            assert seen.all_groups
+            assert {group.group for group in seen.groups} == {TOKEN[:5], OTHER_TOKEN[:5]}
+            own = client.call("Stats", with_token(TOKEN))
+            assert [group.group for group in own.groups] == [TOKEN[:5]]
+            # The same option, for whichever token.
+            for file, shown in ((admin_file, 2), (token_file, 1)):
+                asked = stats(server.address, "--token-file", str(file))
+                assert len(json.loads(asked.stdout)["groups"]) == shown, asked.stderr
+        # An operator is no worker.
+        stranger = client.exchange()
+        stranger.hello(token=ADMIN_TOKEN.encode())
+        assert NOT_ADMITTED in stranger.receive().text
+        # Not even the only token of the file.
+        token_file.write_text(f"{TOKEN}\n")
+        assert "--admin-token-file" in denied(client, "Drain", with_token(TOKEN))
+        for method in ("Stats", "Drain"):
+            assert "a token of its jobs or operators" in denied(client, method, [])
+        # This file is read again, too.
+        admin_file.write_text(f"{ADMIN_TOKEN}2\n")
+        assert "operators" in denied(client, "Drain", with_token(ADMIN_TOKEN))
+        client.call("Drain", with_token(f"{ADMIN_TOKEN}2"))
+        assert server.wait() == 0
+        for secret in (TOKEN, OTHER_TOKEN, ADMIN_TOKEN):
+            assert secret not in server.output
+
+
+def test_with_operators_and_without_jobs_tokens_only_operators_are_answered(tmp_path: Path) -> None:
+    admin_file = tmp_path / "admin"
+    admin_file.write_text(f"{ADMIN_TOKEN}\n")
+    with serving("--admin-token-file", str(admin_file)) as server, Client(server.address) as client:
+        worker = client.exchange()
+        worker.join()
+        for method in ("Stats", "Drain"):
+            assert "a token of its operators" in denied(client, method, [])
+        assert len(client.call("Stats", with_token(ADMIN_TOKEN)).groups) == 1
+        worker.close()
+        client.call("Drain", with_token(ADMIN_TOKEN))
+        assert server.wait() == 0
+
+
+def test_the_operators_file_is_checked_and_is_none_of_stats(tmp_path: Path) -> None:
+    with started("--admin-token-file", str(tmp_path / "absent")) as server:
+        assert server.wait() == 1
+        assert f"the token file '{tmp_path}/absent' cannot be read" in server.output
+    asked = stats("127.0.0.1:1", "--admin-token-file", str(tmp_path / "absent"))
+    assert asked.returncode == 2
+    assert "--token-file" in asked.stderr
+
+
+@pytest.mark.parametrize("protected", ["token", "operators", "mutual"])
+def test_a_reducer_with_secrets_describes_itself_to_nobody(tls: Files, token_file: Path, protected: str) -> None:
+    options = {
+        "token": ["--token-file", str(token_file)],
+        "operators": ["--admin-token-file", str(token_file)],
+        "mutual": tls.options(),
+    }[protected]
+    with serving(*options) as server, Client(server.address, tls if protected == "mutual" else None) as client:
+        with pytest.raises(grpc.RpcError) as refused:
+            client.services()
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert client.healthy()
 
 
 # ---------------------------------------------------------------- what is shown, and what is not
