@@ -130,8 +130,6 @@ Health::Health(Calls& calls)
                return grpc::Status::OK;
              }} {}
 
-Health::~Health() = default;
-
 void Health::serve() {
   Call<Request, Reply>::next(check_);
   Watch::next(*this);

@@ -21,7 +21,6 @@ class Health {
   static constexpr std::size_t kWatchesOfOneMax = 4;
 
   explicit Health(Calls& calls);
-  ~Health();
 
   grpc::Service* service() { return &service_; }
   /// Waits for the first calls.

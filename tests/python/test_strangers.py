@@ -247,8 +247,7 @@ def unread_calls(peer: socket.socket, path: str, count: int) -> None:
         head = receive(peer, 9)
         assert len(head) == 9, "it closed the connection"
         kind, _, stream = struct.unpack(">BBI", head[3:])
-        payload = receive(peer, int.from_bytes(head[:3], "big"))
-        assert (kind, payload) != (DATA, b"") or stream == 0
+        receive(peer, int.from_bytes(head[:3], "big"))
         if kind == HEADERS:
             answered.add(stream)
 
