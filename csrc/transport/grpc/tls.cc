@@ -241,12 +241,15 @@ void demand(SSL* ssl, const std::string& address) {
   SSL_set_tlsext_host_name(ssl, host.c_str());
 }
 
-/// The other end has too many strangers, and says so before any TLS.
-bool isBusy(int fd) {
-  char begin[net::kGreetingBytes];
-  return ::recv(fd, begin, sizeof begin, MSG_PEEK | MSG_DONTWAIT) ==
-             static_cast<ssize_t>(sizeof begin) &&
-         std::string_view(begin, sizeof begin) == net::kBusy;
+/// Keeps what the other end begins with: one that has too many strangers says so before any TLS.
+long keepBegin(BIO* bio, int operation, const char* data, std::size_t /*nbytes*/, int /*argi*/,
+               long /*argl*/, int result, std::size_t* nbytes_read) {
+  auto* const begin = reinterpret_cast<std::string*>(BIO_get_callback_arg(bio));
+  if (operation == (BIO_CB_READ | BIO_CB_RETURN) && result > 0 &&
+      begin->size() < SSL3_RT_HEADER_LENGTH) {
+    begin->append(data, *nbytes_read);
+  }
+  return result;
 }
 
 Status crowded(const std::string& address) {
@@ -304,6 +307,7 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
     Status status = checkTls(files, TlsRole::kClient);
     return status.ok() ? wrong("the TLS files are being renewed") : status;
   }
+  std::string begin;
   const Ssl ssl(SSL_new(context.get()));
   Certificate refused;
   SSL_set_app_data(ssl.get(), &refused);
@@ -312,12 +316,11 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
   SSL_set_alpn_protos(ssl.get(), kProtocols, sizeof kProtocols - 1);
   SSL_set_fd(ssl.get(), fd.get());
 
-  bool busy = false;
-  int error = drive(ssl.get(), fd.get(), deadline, [&] {
-    busy = busy || isBusy(fd.get());
-    return SSL_connect(ssl.get());
-  });
-  const bool reset = error == SSL_ERROR_SYSCALL && errno == ECONNRESET;
+  BIO_set_callback_arg(SSL_get_rbio(ssl.get()), reinterpret_cast<char*>(&begin));
+  BIO_set_callback_ex(SSL_get_rbio(ssl.get()), &keepBegin);
+
+  int error = drive(ssl.get(), fd.get(), deadline, [&] { return SSL_connect(ssl.get()); });
+  const bool reset = error == SSL_ERROR_SYSCALL && (errno == ECONNRESET || errno == EPIPE);
   const bool shaken = error == SSL_ERROR_NONE;
   if (shaken) {
     // By TLS 1.3 a server looks at the client's certificate when the client is done; what it sends
@@ -331,7 +334,7 @@ Status tryHandshake(net::Fd fd, const std::string& address, const TlsFiles& file
   if (error == kTooLate) {
     return Status(Code::kTimeout, "the TLS handshake with " + address + " takes too long");
   }
-  if (busy) return crowded(address);
+  if (begin.starts_with(net::kBusy.substr(0, SSL3_RT_HEADER_LENGTH))) return crowded(address);
   if (shaken) return distrusted(address, files);
   // As where it had no place, and no time to say so.
   if (reset) return Status(Code::kUnavailable, address + " reset the connection; try again");
