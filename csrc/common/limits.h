@@ -26,7 +26,7 @@ inline constexpr std::size_t kMaxChunkBytes = std::size_t{16} << 20;
 inline constexpr std::size_t kMaxTextBytes = 8192;
 
 /// Longest name of a host or a group in a hello: a reducer keeps several copies.
-inline constexpr std::size_t kMaxNameBytes = 1024;
+inline constexpr std::size_t kMaxNameBytes = 256;
 
 /// A job's token: the shortest that is let in (shorter ones can be guessed) and the longest.
 inline constexpr std::size_t kMinTokenBytes = 16;

@@ -26,24 +26,26 @@ std::shared_ptr<MemoryAccount> MemoryAccount::open(std::shared_ptr<MemoryLimit> 
   return std::shared_ptr<MemoryAccount>(new MemoryAccount(std::move(limit), promise));
 }
 
-// Each change of held_ is an interval of its own, so what the changes take from the limit adds up
-// exactly, in whichever order they come.
-
+// The limit is asked first, so that what is taken of it is never below what is held.
 bool MemoryAccount::take(std::uint64_t nbytes) noexcept {
-  const std::uint64_t before = held_.fetch_add(nbytes);
-  const std::uint64_t more = beyond(before + nbytes) - beyond(before);
-  if (more > 0 && !limit_->take(more)) {
-    // Meanwhile others may have counted on these bytes being there: theirs and this interval
-    // change places, which is why what is given back is computed anew.
-    const std::uint64_t now = held_.fetch_sub(nbytes);
-    const std::uint64_t less = beyond(now) - beyond(now - nbytes);
-    limit_->force(more);
-    limit_->giveBack(less);
-    return false;
+  std::uint64_t held = held_;
+  while (true) {
+    const std::uint64_t more = beyond(held + nbytes) - beyond(held);
+    if (more > 0 && !limit_->take(more)) {
+      const std::uint64_t now = held_;
+      if (now == held) return false;
+      held = now;
+      continue;
+    }
+    if (held_.compare_exchange_weak(held, held + nbytes)) break;
+    limit_->giveBack(more);
   }
   limit_->holds(nbytes);
   return true;
 }
+
+// Each change of held_ by these is an interval of its own, so what they take from the limit and
+// give back adds up exactly, in whichever order they come.
 
 void MemoryAccount::force(std::uint64_t nbytes) noexcept {
   const std::uint64_t before = held_.fetch_add(nbytes);

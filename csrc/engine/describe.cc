@@ -6,8 +6,14 @@
 
 namespace reducer::engine {
 
+namespace {
+
+// Of ranks, and of different calls; more are counted.
+constexpr std::size_t kNamed = 16;
+
+}  // namespace
+
 std::string list(const std::vector<std::string>& names) {
-  constexpr std::size_t kNamed = 16;
   std::string text;
   for (std::size_t i = 0; i < names.size() && i < kNamed; ++i) text += (i ? ", " : "") + names[i];
   if (names.size() > kNamed) text += " and " + std::to_string(names.size() - kNamed) + " more";
@@ -61,8 +67,11 @@ std::string describeMismatch(const std::string& operation, const std::vector<Cal
            ", but cut it into different chunks; are REDUCER_CHUNK_BYTES, REDUCER_ALGORITHM and "
            "REDUCER_SERVERS equal everywhere, or do the parts differ in size?";
   }
-  for (std::size_t i = 0; i < calls.size(); ++i) {
+  for (std::size_t i = 0; i < calls.size() && i < kNamed; ++i) {
     text += (i ? "; " : "") + list(calls[i].second) + " called " + calls[i].first;
+  }
+  if (calls.size() > kNamed) {
+    text += "; and " + std::to_string(calls.size() - kNamed) + " other calls";
   }
   return text + ". All ranks of a group must make the same calls in the same order.";
 }

@@ -14,14 +14,15 @@ namespace {
 // How long a mismatch waits for more ranks to show what they called before it is reported.
 constexpr Duration kMismatchGrace = std::chrono::milliseconds(300);
 
-// Failed operations that are remembered for ranks that come late; of more, the oldest are
-// forgotten.
-constexpr std::size_t kFailuresKept = 1024;
+// Empty slots kept for the next chunk, so that a chunk costs no allocation of its own.
+constexpr std::size_t kSpareBytes = 256 << 10;
 
-// Empty slots kept for the next chunk, so that a chunk costs no allocation of its own; not those of
-// very large groups.
-constexpr std::size_t kSpareSlots = 256;
-constexpr std::size_t kSpareRanksMax = 64;
+// What is told, and what fails, at one tick: the rest has to wait for the next.
+constexpr int kLateATick = 64;
+constexpr std::size_t kTimeoutsATick = 256;
+
+// Of the words with which somebody left, each shard keeps as much.
+constexpr std::size_t kGoneTextBytes = 256;
 
 }  // namespace
 
@@ -146,7 +147,8 @@ void Engine::leave(const PeerRef& peer, const Status& why, Actions& actions) {
     member.gone = true;
     ++group.gone;
   }
-  member.gone_text = why.ok() ? "left the group" : "was lost (" + why.message() + ")";
+  member.gone_text =
+      why.ok() ? "left the group" : "was lost (" + why.message().substr(0, kGoneTextBytes) + ")";
   if (--group.connected == 0) {
     for (auto& [id, slot] : group.slots) drop(std::move(slot));
     groups_.erase(job);
@@ -213,8 +215,13 @@ Engine::Slot* Engine::slotFor(Group& group, const wire::Frame& frame, TimePoint 
   std::size_t pushers = group.members.size();
   if (isRail(frame.pusher)) pushers = static_cast<std::size_t>(group.placement->hosts());
   if (hasOnePusher(frame)) pushers = 1;
-  Charge charge = Charge::ifPossible(
-      group.account, sizeof(Slot) + pushers * sizeof(Payload) + group.members.size(), made);
+  const std::size_t nbytes = sizeof(Slot) + pushers * sizeof(Payload) + group.members.size();
+  Charge charge = Charge::ifPossible(group.account, nbytes, made);
+  if (!*made && !group.failures.empty()) {
+    group.failures.clear();
+    group.failed.clear();
+    charge = Charge::ifPossible(group.account, nbytes, made);
+  }
   if (!*made) return nullptr;
   std::unique_ptr<Slot> slot;
   if (spare_.empty()) {
@@ -222,6 +229,7 @@ Engine::Slot* Engine::slotFor(Group& group, const wire::Frame& frame, TimePoint 
   } else {
     slot = std::move(spare_.back());
     spare_.pop_back();
+    spare_bytes_ -= spareBytes(*slot);
   }
   slot->charge = std::move(charge);
   slot->head = frame;
@@ -245,14 +253,15 @@ void Engine::drop(std::unique_ptr<Slot> slot) {
   slot->arrivals.clear();
   slot->charge = {};
   --counters_.slots_open;
-  if (spare_.size() < kSpareSlots && slot->arrived.size() <= kSpareRanksMax) {
-    spare_.push_back(std::move(slot));
-  }
+  const std::size_t nbytes = spareBytes(*slot);
+  if (spare_bytes_ + nbytes > kSpareBytes) return;
+  spare_bytes_ += nbytes;
+  spare_.push_back(std::move(slot));
 }
 
-Engine::Failure* Engine::findFailure(Group& group, OperationId id) {
-  const auto found = group.failures.find(id);
-  return found == group.failures.end() ? nullptr : &found->second;
+std::size_t Engine::spareBytes(const Slot& slot) {
+  return sizeof(Slot) + slot.arrivals.capacity() * sizeof(Arrival) +
+         slot.contributions.capacity() * sizeof(Payload) + slot.arrived.capacity();
 }
 
 Status Engine::checkPush(const Group& group, Rank rank, const wire::Frame& frame,
@@ -460,69 +469,7 @@ void Engine::answer(const Group& group, const Slot& slot, const Arrival& arrival
   replies.push_back(std::move(out));
 }
 
-// ------------------------------------------------------------------ failure
-
-void Engine::fail(Group& group, const wire::Frame& head, Code code, const std::string& text,
-                  Actions& actions, Rank lost) {
-  const OperationId id = operationOf(head.slot);
-  remember(group, id, Failure{code, text, lost, std::vector<bool>(group.members.size()), 0, {}});
-  auto it = group.slots.lower_bound(wire::SlotId{id.first, id.second, 0});
-  while (it != group.slots.end() && operationOf(it->first) == id) {
-    Slot& slot = *it->second;
-    for (const Arrival& arrival : slot.arrivals) {
-      wire::Frame reply;
-      reply.kind = wire::FrameKind::kError;
-      reply.slot = it->first;
-      reply.length = arrival.length;
-      reply.code = code;
-      reply.text = text;
-      reply.pusher = lost;
-      actions.sends.push_back(Outgoing{arrival.peer, std::move(reply), {}, false});
-    }
-    ++counters_.slots_failed;
-    drop(std::move(it->second));
-    it = group.slots.erase(it);
-  }
-}
-
-/// For ranks that come late. What there is no memory for is forgotten, the oldest first: they wait
-/// until their own timeout then.
-void Engine::remember(Group& group, OperationId id, Failure failure) {
-  const std::size_t nbytes = 2 * sizeof(Failure) + failure.text.size() + group.members.size() / 8;
-  bool kept = false;
-  while (true) {
-    if (group.failed.size() < kFailuresKept) {
-      failure.charge = Charge::ifPossible(group.account, nbytes, &kept);
-    }
-    if (kept || group.failed.empty()) break;
-    group.failures.erase(group.failed.front());
-    group.failed.pop_front();
-  }
-  if (!kept) return;
-  group.failures.insert_or_assign(id, std::move(failure));
-  group.failed.push_back(id);
-}
-
-Status Engine::onCancel(const PeerRef& peer, const wire::Frame& frame, Actions& actions) {
-  const auto found = places_.find(peer.get());
-  if (found == places_.end()) return broken("a cancel before the hello");
-  Group& group = *found->second.second.group;
-  const Rank rank = found->second.second.rank;
-  const OperationId id = operationOf(frame.slot);
-  if (findFailure(group, id) == nullptr) {
-    // The one that cancels is answered too: it ignores that, but its window is counted by answers.
-    const Code code = frame.code == Code::kOk ? Code::kAborted : frame.code;
-    fail(group, frame, code, frame.text, actions);
-  }
-  Failure* failure = findFailure(group, id);
-  if (failure == nullptr) return {};
-  if (!failure->cancelled[rank]) {
-    failure->cancelled[rank] = true;
-    ++failure->cancels;
-  }
-  if (failure->cancels == group.members.size()) group.failures.erase(id);
-  return {};
-}
+// ------------------------------------------------------------------ time
 
 /// All that are here get the text; one of them, `pusher`, is to say it aloud.
 void Engine::tellLate(const Group& group, const Slot& slot, TimePoint now, Actions& actions) {
@@ -547,13 +494,16 @@ void Engine::tellLate(const Group& group, const Slot& slot, TimePoint now, Actio
 }
 
 void Engine::tick(TimePoint now, Actions& actions) {
+  int told = 0;
   for (auto& [job, group] : groups_) {
     std::vector<wire::SlotId> late;
     for (const auto& [id, slot] : group->slots) {
-      if (slot->deadline <= now) late.push_back(id);
-      if (slot->late_at > now) continue;
+      if (slot->deadline <= now && late.size() < kTimeoutsATick) late.push_back(id);
+      if (slot->late_at > now || told >= kLateATick) continue;
       slot->late_at = TimePoint::max();
-      if (!slot->mismatch && slot->deadline > now) tellLate(*group, *slot, now, actions);
+      if (slot->mismatch || slot->deadline <= now) continue;
+      tellLate(*group, *slot, now, actions);
+      ++told;
     }
     for (const wire::SlotId& id : late) {
       const auto found = group->slots.find(id);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
+#include <list>
 #include <map>
 #include <memory>
 #include <span>
@@ -181,6 +181,7 @@ class Engine {
     std::vector<bool> cancelled;  // by rank
     std::size_t cancels = 0;
     Charge charge;
+    std::list<OperationId>::iterator place;  // in Group::failed
   };
   /// The slots of an operation stand together.
   struct ByOperation {
@@ -196,7 +197,7 @@ class Engine {
     std::size_t gone = 0;  // members that are
     Slots slots;
     std::map<OperationId, Failure> failures;
-    std::deque<OperationId> failed;  // in order; some may be forgotten already
+    std::list<OperationId> failed;  // the same, in order
   };
   struct Place {
     Group* group;
@@ -215,12 +216,14 @@ class Engine {
   static void tellLate(const Group& group, const Slot& slot, TimePoint now, Actions& actions);
   static Failure* findFailure(Group& group, OperationId id);
   static void remember(Group& group, OperationId id, Failure failure);
+  static void forget(Group& group, OperationId id);
   static void tellLeft(const PeerRef& peer, Rank left, Actions& actions);
   static void tellReceiver(const Group& group, const Slot& slot, Actions& actions);
 
   /// The frame's slot, made if there is none; null if there is no memory for it.
   Slot* slotFor(Group& group, const wire::Frame& frame, TimePoint now, bool* made);
   void drop(std::unique_ptr<Slot> slot);
+  static std::size_t spareBytes(const Slot& slot);
   Status onAgain(Group& group, Rank rank, const wire::Frame& frame, Payload payload, TimePoint now,
                  Actions& actions);
   void handOn(const Group& group, Slot& slot, Actions& actions);
@@ -247,6 +250,7 @@ class Engine {
   std::unordered_map<std::string, std::unique_ptr<Group>> groups_;  // by job
   std::unordered_map<const Peer*, std::pair<std::string, Place>> places_;
   std::vector<std::unique_ptr<Slot>> spare_;
+  std::size_t spare_bytes_ = 0;
   EngineCounters counters_;
 };
 

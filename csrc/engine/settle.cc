@@ -74,6 +74,10 @@ constexpr std::size_t kTilesBytes = 512 << 10;
 constexpr std::size_t kTileBytesMin = 4096;
 constexpr std::size_t kTileBytesMax = 64 << 10;
 
+// What a result takes up beside its buffer of the pool.
+constexpr std::size_t kResultBytes = 128;
+constexpr std::size_t kSmallestBuffer = 64;
+
 /// Walks through a payload: the next bytes, in its own pieces.
 class Slices {
  public:
@@ -157,7 +161,10 @@ std::vector<Outgoing> settle(Ready ready, BufferPool& pool) {
     result = Payload(Bytes(buffer.get(), ready.nbytes), buffer);
   }
   ready.contributions.clear();
-  if (ready.account) result = charged(result, Charge(ready.account, ready.nbytes));
+  if (ready.account && ready.nbytes > 0) {
+    const std::size_t nbytes = std::bit_ceil(std::max(ready.nbytes, kSmallestBuffer));
+    result = charged(result, Charge(ready.account, nbytes + kResultBytes));
+  }
   const std::uint32_t checksum = ready.checksum ? wire::crc32c(result) : 0;
   for (Outgoing& reply : ready.replies) {
     if (!reply.wants_result) continue;

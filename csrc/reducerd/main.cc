@@ -21,6 +21,9 @@
 namespace reducer::reducerd {
 namespace {
 
+// More cost each group memory and help nobody.
+constexpr int kShardsMax = 64;
+
 constexpr char kVersion[] = "0.1.0";
 
 /// SIGTERM and SIGINT are taken by sigtimedwait() in main only: blocked before any thread starts.
@@ -100,7 +103,7 @@ int serve(const Options& options) {
   server::ServerOptions settings;
   settings.standalone = true;
   settings.memory_limit_bytes = options.memory_limit_bytes;
-  settings.shards = 16 * options.threads;
+  settings.shards = std::min(16 * options.threads, kShardsMax);
   settings.host = runtime::hostLabel();
   settings.tokens = tokens;
   settings.counts_unread = true;

@@ -13,9 +13,12 @@
 namespace reducer::server {
 namespace {
 
-// Of each worker beside its windows: its places in all shards and their names, and some hundred
-// frames with what slots say of them.
+// Of each worker beside its windows: its places in up to 64 shards, and some hundred frames with
+// what slots say of them.
 constexpr std::uint64_t kWorkerBytes = 128 << 10;
+
+// Of each worker in each shard: Engine::Member with its names.
+constexpr std::uint64_t kPlaceBytes = 768;
 
 // No limit is as large.
 constexpr std::uint64_t kWindowBytesMax = std::uint64_t{1} << 48;
@@ -101,6 +104,9 @@ ServerState::Account ServerState::admit(const std::shared_ptr<Session>& session,
     record.config_host = who;
     record.window_bytes = hello.window_bytes;
     record.token = hello.token;
+    if (options.standalone) {
+      record.places = Charge(account, hello.world_size * shards.size() * kPlaceBytes);
+    }
     record.account = std::move(account);
     groups.emplace(hello.job, std::move(record));
   }
@@ -228,6 +234,10 @@ void ServerState::tick(TimePoint now) {
   for (const auto& session : late) {
     session->refuse(Code::kTimeout, "this connection did not say which worker it is");
   }
+}
+
+void ServerState::forgetAnswers(const std::string& job) {
+  for (const auto& session : sessionsOf(job)) session->forgetAnswers();
 }
 
 std::shared_ptr<Session> ServerState::open(std::shared_ptr<transport::Connection> connection,

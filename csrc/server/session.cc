@@ -19,8 +19,14 @@ constexpr std::int64_t kOutstandingFramesMax = 1 << 16;
 // out.
 constexpr std::uint64_t kFrameBytes = 384;
 
-// Buffers have 128 KiB (tcp) or hold a message of gRPC's: a small payload is not to hold all that.
+// Buffers have 128 KiB (tcp): a small payload is not to hold all that, and none is where buffers
+// are held that are far larger than what is in them.
 constexpr std::size_t kCopiedBytes = 4096;
+constexpr std::uint64_t kBuffersMin = 32 << 20;
+
+// Texts on their way to a worker; those beyond are cut to what names the operation.
+constexpr std::int64_t kUnreadTextMax = 1 << 20;
+constexpr std::size_t kShortTextBytes = 160;
 
 // Of a host in two levels (4 of 1 MiB).
 constexpr std::uint64_t kSegmentsUnderWay = 4 << 20;
@@ -156,10 +162,18 @@ Status Session::again(const wire::Frame& frame, Payload payload) {
 // Its own worker's pushes are that worker's memory.
 Status Session::charge(const wire::Frame& frame, Payload& payload) {
   if (in_process || frame.kind != wire::FrameKind::kPush || !account_) return {};
+  const std::uint64_t nbytes = payload.nbytes() + kFrameBytes;
   bool ok = false;
-  Charge charge = Charge::ifPossible(account_, payload.nbytes() + kFrameBytes, &ok);
+  Charge charge = Charge::ifPossible(account_, nbytes, &ok);
+  if (!ok) {
+    state_->forgetAnswers(hello_.job);
+    charge = Charge::ifPossible(account_, nbytes, &ok);
+  }
   if (!ok) return noMemory();
-  payload = charged(payload, std::move(charge), kCopiedBytes);
+  const std::uint64_t limit = state_->memory->limit();
+  const bool crowded = state_->transport.bufferedBytes() / 2 >
+                       (state_->memory->held() + std::max(limit / 16, kBuffersMin)) / 2;
+  payload = charged(payload, std::move(charge), crowded ? SIZE_MAX : kCopiedBytes);
   return {};
 }
 
@@ -239,7 +253,17 @@ void Session::deliver(const wire::Frame& frame, Payload payload) {
   if (!state_->options.counts_unread || in_process) {
     return connection_->send(frame, std::move(payload));
   }
-  payload = counted(frame, payload);
+  bool ok = false;
+  Charge charge = Charge::ifPossible(account_, kFrameBytes + frame.text.size(), &ok);
+  const bool long_text = frame.text.size() > kShortTextBytes;
+  if (long_text && (!ok || unread_->text_bytes > kUnreadTextMax)) {
+    wire::Frame brief = frame;
+    brief.text.resize(kShortTextBytes);
+    return deliver(brief, std::move(payload));
+  }
+  if (!ok && frame.kind == wire::FrameKind::kLate) return;
+  if (!ok) charge = Charge(account_, kFrameBytes + frame.text.size());
+  payload = counted(frame, payload, std::move(charge));
   if (withinPromise()) return connection_->send(frame, std::move(payload));
   const std::string text =
       "rank " + std::to_string(hello_.rank) + " (" + hello_.host +
@@ -268,6 +292,16 @@ Status Session::holdBack(const wire::Frame& frame, Payload payload) {
   if (job().empty()) return Status(Code::kInvalidArgument, "a chunk before the hello");
   const bool damaged = isDamaged(frame, payload);
   const auto missing = findMissing(frame.slot, frame.again);
+  bool ok = false;
+  Charge charge = Charge::ifPossible(account_, frame.text.size() + sizeof(Held), &ok);
+  if (!ok) return noMemory();
+  // (A push counts against the window when it is its turn.)
+  if (backlog_bytes_ / windows() / kAgainWindows > hello_.window_bytes ||
+      backlog_.size() > static_cast<std::size_t>(kOutstandingFramesMax)) {
+    return Status(Code::kResourceExhausted, "rank " + std::to_string(hello_.rank) +
+                                                " sends on and on behind a chunk that came "
+                                                "damaged, and not that once more");
+  }
   if (damaged) {
     if (++damaged_in_row_ > kDamagedInRowMax) {
       return Status(Code::kInternal,
@@ -279,25 +313,17 @@ Status Session::holdBack(const wire::Frame& frame, Payload payload) {
     wire::Frame reply;
     reply.kind = wire::FrameKind::kResend;
     reply.slot = frame.slot;
-    send(reply);
-    if (missing == backlog_.end()) backlog_.push_back({frame, {}, true, {}});
+    deliver(reply, {});
+    if (missing == backlog_.end()) {
+      backlog_.push_back({frame, {}, /*missing=*/true, std::move(charge)});
+    }
     return {};
   }
   damaged_in_row_ = 0;
-  bool ok = false;
-  Charge charge = Charge::ifPossible(account_, frame.text.size() + sizeof(Held), &ok);
-  if (!ok) return noMemory();
   backlog_bytes_ += payload.nbytes();
   if (frame.kind == wire::FrameKind::kPush && missing != backlog_.end()) {
     *missing = {frame, std::move(payload), /*missing=*/false, std::move(charge)};
     return workOff();
-  }
-  // (A push counts against the window when it is its turn.)
-  if (backlog_bytes_ / windows() / kAgainWindows > hello_.window_bytes ||
-      backlog_.size() > static_cast<std::size_t>(kOutstandingFramesMax)) {
-    return Status(Code::kResourceExhausted, "rank " + std::to_string(hello_.rank) +
-                                                " sends on and on behind a chunk that came "
-                                                "damaged, and not that once more");
   }
   backlog_.push_back({frame, std::move(payload), /*missing=*/false, std::move(charge)});
   return {};
@@ -332,8 +358,11 @@ void Session::remember(const wire::Frame& frame, const Payload& payload) {
     payload.copyTo(copy->data());
     kept = Payload(Bytes(copy->data(), nbytes), copy);
   }
+  bool ok = false;
+  Charge charge = Charge::ifPossible(account_, sizeof(Answered), &ok);
+  if (!ok) return;
   const std::lock_guard lock(answered_mutex_);
-  answered_.push_back({frame, std::move(kept)});
+  answered_.push_back({frame, std::move(kept), std::move(charge)});
   answered_bytes_ += payload.nbytes();
   while (answered_.size() > kAnsweredMax ||
          (answered_.size() > 1 && answered_bytes_ > 2 * hello_.window_bytes * windows())) {
@@ -343,12 +372,20 @@ void Session::remember(const wire::Frame& frame, const Payload& payload) {
   }
 }
 
+void Session::forgetAnswers() {
+  std::deque<Answered> dropped;
+  const std::lock_guard lock(answered_mutex_);
+  dropped.swap(answered_);
+  answered_bytes_ = 0;
+}
+
 Status Session::resend(const wire::SlotId& slot) {
   if (const auto missing = findMissing(slot, std::nullopt); missing != backlog_.end()) {
     backlog_.erase(missing);  // the worker has given it up
     return workOff();
   }
-  Answered again;
+  wire::Frame frame;
+  Payload payload;
   {
     const std::lock_guard lock(answered_mutex_);
     const auto found = std::find_if(answered_.begin(), answered_.end(),
@@ -357,32 +394,40 @@ Status Session::resend(const wire::SlotId& slot) {
       return Status(Code::kInvalidArgument, "rank " + std::to_string(hello_.rank) +
                                                 " asks for a result that it was not given lately");
     }
-    again = *found;
+    frame = found->frame;
+    payload = found->payload;
   }
   ++state_->damaged;
-  deliver(again.frame, std::move(again.payload));
+  deliver(frame, std::move(payload));
   return {};
 }
 
-Payload Session::counted(const wire::Frame& frame, const Payload& payload) {
+Payload Session::counted(const wire::Frame& frame, const Payload& payload, Charge charge) {
   struct Hold {
-    Hold(std::shared_ptr<Unread> u, std::int64_t n, Charge c, std::shared_ptr<const void> o)
-        : unread(std::move(u)), nbytes(n), charge(std::move(c)), owner(std::move(o)) {
+    Hold(std::shared_ptr<Unread> u, std::size_t n, std::size_t text, Charge c,
+         std::shared_ptr<const void> o)
+        : unread(std::move(u)),
+          nbytes(static_cast<std::int64_t>(n)),
+          text_bytes(static_cast<std::int64_t>(text)),
+          charge(std::move(c)),
+          owner(std::move(o)) {
       unread->bytes += nbytes;
+      unread->text_bytes += text_bytes;
       ++unread->frames;
     }
     ~Hold() {
       unread->bytes -= nbytes;
+      unread->text_bytes -= text_bytes;
       --unread->frames;
     }
     std::shared_ptr<Unread> unread;
     std::int64_t nbytes;
+    std::int64_t text_bytes;
     Charge charge;
     std::shared_ptr<const void> owner;
   };
-  auto hold =
-      std::make_shared<Hold>(unread_, static_cast<std::int64_t>(payload.nbytes()),
-                             Charge(account_, kFrameBytes + frame.text.size()), payload.owner());
+  auto hold = std::make_shared<Hold>(unread_, payload.nbytes(), frame.text.size(),
+                                     std::move(charge), payload.owner());
   const std::span<const Bytes> pieces = payload.pieces();
   if (pieces.size() == 1) return Payload(pieces[0], std::move(hold));
   return Payload(std::vector<Bytes>(pieces.begin(), pieces.end()), std::move(hold));

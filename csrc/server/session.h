@@ -52,6 +52,7 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
     std::uint64_t window_bytes = 0;    // of each worker
     std::string token;                 // of whoever made it
     std::shared_ptr<MemoryAccount> account;
+    Charge places;
     std::unordered_map<Rank, std::string> ranks;  // connected: rank -> host
     bool leads = false;                           // this is rank 0's reducer, which keeps:
     std::vector<std::uint32_t> lost;              // owners, rising
@@ -101,6 +102,8 @@ struct ServerState : std::enable_shared_from_this<ServerState> {
   /// Closes the connections of the groups that go on without this reducer.
   void handOver();
   std::vector<std::shared_ptr<Session>> sessionsOf(const std::string& job);
+  /// What is kept for sending again has to make room.
+  void forgetAnswers(const std::string& job);
   static wire::Frame newsOf(const GroupRecord& record);
   /// To one that has just joined.
   void tellLost(const std::shared_ptr<Session>& session, const wire::Hello& hello);
@@ -166,6 +169,7 @@ class Session final : public transport::Handler,
   std::string job();
   /// False: its group does not go on without this reducer.
   bool failsOver();
+  void forgetAnswers();
   /// Says that this end lives, and closes if the worker has been silent for too long.
   void beat(TimePoint now);
 
@@ -173,12 +177,14 @@ class Session final : public transport::Handler,
   /// What has been answered and has not left this process, because the worker does not read it.
   struct Unread {
     std::atomic<std::int64_t> bytes{0};
+    std::atomic<std::int64_t> text_bytes{0};
     std::atomic<std::int64_t> frames{0};
   };
   /// A result, for the case that it comes damaged.
   struct Answered {
     wire::Frame frame;
     Payload payload;
+    Charge charge;
   };
   void deliver(const wire::Frame& frame, Payload payload);
   /// A frame that waits for a damaged one before it, or that one's place.
@@ -195,7 +201,7 @@ class Session final : public transport::Handler,
   void remember(const wire::Frame& frame, const Payload& payload);
   Status resend(const wire::SlotId& slot);
   /// The payload of an answer, counted until its bytes have left.
-  Payload counted(const wire::Frame& frame, const Payload& payload);
+  Payload counted(const wire::Frame& frame, const Payload& payload, Charge charge);
   /// What the worker has pushed and what it has not read are what was promised to it: its window,
   /// twice (as long as bytes have been received, and this end is about to hear of it, they count
   /// here, and the worker may have pushed as many anew).

@@ -111,6 +111,10 @@ class Transport {
   /// Runs `task` soon on a transport thread (so that a caller need not do long work itself).
   virtual void post(std::function<void()> task) = 0;
 
+  /// Bytes of the buffers that received payloads keep from being used again; 0 where that is not
+  /// known. They may be more than the payloads' own.
+  virtual std::size_t bufferedBytes() const { return 0; }
+
   /// Null where threads that wait cannot help.
   virtual std::shared_ptr<Helper> helper() { return nullptr; }
 };

@@ -379,6 +379,7 @@ bool consistent(Reader& in, const Frame& frame, std::size_t payload_nbytes) {
                  : in.fail("owners in a frame that has none (kind " +
                            std::to_string(int(frame.kind)) + ")");
   }
+  if (about_slot && in.met(frame_tag::kText)) return in.fail("a push or result has no text");
   if (frame.again && frame.kind != FrameKind::kPush) {
     return in.fail("only a push comes again, and this is of kind " +
                    std::to_string(int(frame.kind)));

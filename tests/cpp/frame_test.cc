@@ -233,6 +233,10 @@ TEST(Frame, RefusesWhatIsNoMessage) {
   expectRefused(raw({0x08, 11, 0xC2, 1, 0}), "a list of no owners");
   expectRefused(raw({0x08, 11, 0xC2, 1, 2, 3, 3}), "owners that do not rise");
   expectRefused(raw({0x08, 11, 0xC2, 1, 3, 0x80, 0x80, 1}), "owner 16384 is over the limit");
+  wire::Frame push;
+  push.kind = wire::FrameKind::kPush;
+  push.text = "more than a slot's places are counted for";
+  expectRefused(wire::encodeHeader(push, 0), "a push or result has no text");
   expectRefused(raw({0x08, 7, 0xB8, 1, 1}), "only a push comes again, and this is of kind 7");
   expectRefused(raw({0x08, 7, 0xC8, 1, 1}), "field 25 of wire type 0 is not known");
   expectRefused(raw({0x08, 7, 0x80, 2, 1}), "field 32 of wire type 0 is not known");

@@ -34,6 +34,7 @@ class ServerMemoryTest : public ::testing::Test {
     options.standalone = true;
     options.memory_limit_bytes = kLimit;
     options.shards = 4;
+    options.counts_unread = true;
     server_ = std::make_unique<server::ReducerServer>(*server_host_, options);
     EXPECT_TRUE(server_->listen("server:7000").ok());
     for (Rank rank = 0; rank < 2; ++rank) honest_.push_back(join('h', rank, 2));
@@ -171,6 +172,43 @@ TEST_F(ServerMemoryTest, OperationsGivenUpWithLongTexts) {
     cancel.text = std::string(kMaxTextBytes, 'x');
     worker.connection()->send(cancel, {});
   });
+}
+
+TEST_F(ServerMemoryTest, AnOperationOfManyChunksGivenUpWithALongText) {
+  expectHarmless(2, [](Recorder& worker, int i) {
+    Frame frame = pushOf(i / 8192, 0);
+    frame.slot.chunk = i % 8192;
+    if (i % 8192 == 8191) {
+      frame = {};
+      frame.kind = FrameKind::kCancel;
+      frame.code = Code::kAborted;
+      frame.slot.seq = i / 8192;
+      frame.text = std::string(kMaxTextBytes, 'x');
+    }
+    worker.connection()->send(frame, {});
+  });
+}
+
+TEST_F(ServerMemoryTest, PlacesOfChunksThatCameDamaged) {
+  expectHarmless(2, [](Recorder& worker, int i) {
+    Frame frame = pushOf(i, 16);
+    frame.has_checksum = i % 16 != 15;
+    frame.checksum = 1;
+    frame.epoch = 1'000'000;
+    worker.connection()->send(frame, bytes(frame.length));
+  });
+  EXPECT_FALSE(ended_by_.empty());
+}
+
+TEST_F(ServerMemoryTest, TinyResultsThatAreKeptToBeSentAgain) {
+  expectHarmless(1, [](Recorder& worker, int i) {
+    Frame frame = pushOf(i, 1);
+    frame.has_checksum = true;
+    const Payload payload = bytes(1);
+    frame.checksum = wire::crc32c(payload);
+    worker.connection()->send(frame, payload);
+  });
+  EXPECT_TRUE(ended_by_.empty()) << ended_by_;
 }
 
 TEST_F(ServerMemoryTest, ChunksBehindOneThatCameDamaged) {

@@ -278,7 +278,7 @@ def test_chunks_that_wait_for_ever_keep_within_the_limit(server: Server, client:
     """Each of a worker whose fellow never comes: empty ones, and small ones each in a buffer of its own."""
     frame = client.message("reducer.v1.Frame")
     before = resident_bytes(server)
-    beats = message(frame(kind=BEAT)) * 2000
+    beats = message(frame(kind=BEAT)) * 12_000
 
     def empty() -> Iterator[bytes]:
         for first in range(0, 200_000, 500):
@@ -286,20 +286,21 @@ def test_chunks_that_wait_for_ever_keep_within_the_limit(server: Server, client:
                 message(frame(kind=PUSH, seq=seq, collective=4, dtype=1)) for seq in range(first, first + 500)
             )
 
-    def small() -> Iterator[bytes]:
-        for seq in range(5000):
-            yield message(frame(kind=PUSH, seq=seq, collective=1, op=1, dtype=1, count=2, length=8, payload=bytes(8)))
+    def small(nbytes: int) -> Iterator[bytes]:
+        call = {"collective": 1, "op": 1, "dtype": 1, "count": nbytes // 4, "length": nbytes}
+        for seq in range(1100):
+            yield message(frame(kind=PUSH, seq=seq, payload=bytes(nbytes), **call))
             yield beats
 
-    for chunks, closes in ((empty(), True), (small(), False)):
-        peer, _ = worker_by_tcp(server, client, world_size=2)
+    for chunks, closes in ((empty(), True), (small(8), False), (small(8192), False)):
+        peer, _ = worker_by_tcp(server, client, world_size=2, window_bytes=12 * MIB)
         with contextlib.closing(peer):
             peer.settimeout(20.0)
             with contextlib.suppress(ConnectionError):
                 for chunk in chunks:
                     peer.sendall(chunk)
             assert not closes or ended(peer)
-            assert resident_bytes(server) < before + MEMORY_LIMIT_BYTES + 16 * MIB
+            assert resident_bytes(server) < before + MEMORY_LIMIT_BYTES + 48 * MIB, "32 MiB of them in buffers"
         wait_until(lambda: client.stats().connections == 2, job)
 
 

@@ -129,6 +129,8 @@ class HostsTransport final : public Transport {
 
   void post(std::function<void()> task) override { tcp_->post(std::move(task)); }
 
+  std::size_t bufferedBytes() const override { return tcp_->bufferedBytes(); }
+
   std::shared_ptr<Helper> helper() override { return tcp_->helper(); }
 
  private:

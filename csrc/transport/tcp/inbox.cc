@@ -37,7 +37,9 @@ std::shared_ptr<Block> BlockPool::get() {
     }
   }
   if (block == nullptr) block = new Block;
+  ++state_->lent;
   return {block, [state = state_](Block* done) {
+            --state->lent;
             {
               const std::lock_guard lock(state->mutex);
               if (state->free.size() < kKeptBytes / kBlockBytes) {

@@ -35,10 +35,13 @@ class BlockPool {
  public:
   BlockPool() : state_(std::make_shared<State>()) {}
   std::shared_ptr<Block> get();
+  /// Bytes of those that somebody refers to.
+  std::size_t lentBytes() const { return state_->lent * kBlockBytes; }
 
  private:
   struct State {
     ~State();
+    std::atomic<std::size_t> lent{0};
     std::mutex mutex;
     std::vector<Block*> free;
   };

@@ -88,6 +88,8 @@ class TcpTransportImpl final : public TcpTransport {
 
   void post(std::function<void()> task) override { core_->loop().post(std::move(task)); }
 
+  std::size_t bufferedBytes() const override { return core_->blocks().lentBytes(); }
+
   std::shared_ptr<Helper> helper() override { return core_->helper(); }
 
  private:
