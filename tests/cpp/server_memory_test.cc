@@ -78,6 +78,15 @@ class ServerMemoryTest : public ::testing::Test {
     return frame;
   }
 
+  static Frame longCancelOf(std::uint64_t seq) {
+    Frame frame;
+    frame.kind = FrameKind::kCancel;
+    frame.code = Code::kAborted;
+    frame.slot.seq = seq;
+    frame.text = std::string(kMaxTextBytes, 'x');
+    return frame;
+  }
+
   static Payload bytes(std::size_t nbytes) { return owned(std::vector<std::byte>(nbytes)); }
 
   void pass(Duration time) {
@@ -164,27 +173,15 @@ TEST_F(ServerMemoryTest, LossesThatDidNotHappen) {
 }
 
 TEST_F(ServerMemoryTest, OperationsGivenUpWithLongTexts) {
-  expectHarmless(2, [](Recorder& worker, int i) {
-    Frame cancel;
-    cancel.kind = FrameKind::kCancel;
-    cancel.code = Code::kAborted;
-    cancel.slot.seq = i;
-    cancel.text = std::string(kMaxTextBytes, 'x');
-    worker.connection()->send(cancel, {});
-  });
+  expectHarmless(2,
+                 [](Recorder& worker, int i) { worker.connection()->send(longCancelOf(i), {}); });
 }
 
 TEST_F(ServerMemoryTest, AnOperationOfManyChunksGivenUpWithALongText) {
   expectHarmless(2, [](Recorder& worker, int i) {
     Frame frame = pushOf(i / 8192, 0);
     frame.slot.chunk = i % 8192;
-    if (i % 8192 == 8191) {
-      frame = {};
-      frame.kind = FrameKind::kCancel;
-      frame.code = Code::kAborted;
-      frame.slot.seq = i / 8192;
-      frame.text = std::string(kMaxTextBytes, 'x');
-    }
+    if (i % 8192 == 8191) frame = longCancelOf(i / 8192);
     worker.connection()->send(frame, {});
   });
 }
@@ -229,12 +226,7 @@ TEST_F(ServerMemoryTest, GivenUpWithLongTextsBehindOneThatCameDamaged) {
       frame.checksum = 1;
       return worker.connection()->send(frame, bytes(frame.length));
     }
-    Frame cancel;
-    cancel.kind = FrameKind::kCancel;
-    cancel.code = Code::kAborted;
-    cancel.slot.seq = i;
-    cancel.text = std::string(kMaxTextBytes, 'x');
-    worker.connection()->send(cancel, {});
+    worker.connection()->send(longCancelOf(i), {});
   });
 }
 
