@@ -59,13 +59,13 @@ lint: setup ## formatters and linters, changing nothing
 test-cpp: setup ## GoogleTest, every layer
 	cmake -S . -B build/native -DREDUCER_TESTS=ON >/dev/null
 	ninja -C build/native -j $(JOBS) cpp_tests
-	ctest --test-dir build/native --output-on-failure --no-tests=error
+	ctest --test-dir build/native -j $(JOBS) --output-on-failure --no-tests=error
 
 # Without gRPC: Debian's is not instrumented. The core runs on the simulated transport.
 define sanitized
 	cmake -S . -B build/$(1) -G Ninja -DREDUCER_TESTS=ON -DREDUCER_GRPC=OFF -DREDUCER_SANITIZE=$(2) >/dev/null
 	ninja -C build/$(1) -j $(JOBS) $(3)
-	ctest --test-dir build/$(1) --output-on-failure --no-tests=error $(4)
+	ctest --test-dir build/$(1) -j $(JOBS) --output-on-failure --no-tests=error $(4)
 endef
 
 test-asan: export UBSAN_OPTIONS = print_stacktrace=1

@@ -48,7 +48,7 @@ struct Measurement {
   double frames = 0;                ///< the same, for one all-reduce
   double all_frames = 0;            ///< of one all-reduce, at all hosts: each is sent and received
   double all_bytes = 0;             ///< theirs
-  std::uint64_t held_bytes = 0;     ///< most that an owner held in contributions, since the start
+  std::uint64_t held_bytes = 0;     ///< most that an owner held for other workers, since the start
   std::uint64_t waiting_bytes = 0;  ///< most that waited before a NIC, since the start
   std::uint64_t outstanding_bytes = 0;  ///< most that a worker had in flight, since the start
   std::uint64_t wrong = 0;              ///< ranks whose result was not the sum, or compared unequal
