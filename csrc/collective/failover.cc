@@ -94,6 +94,8 @@ GroupState::Queued GroupState::withHeirs(Queued queued) const {
       for (auto& moved : heirsOf(cursor)) all.push_back(std::move(moved));
     }
   }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
   return all;
 }
 

@@ -259,10 +259,14 @@ void GroupState::launch(const wire::Call& call, std::uint64_t lane, CallOptions 
 Status GroupState::enqueue(Queued queued, std::vector<OwnerIndex>& owners) {
   Status status;
   if (epoch_ > 0) queued = withHeirs(std::move(queued));
-  for (auto& [owner, cursor] : queued) {
-    Status one = links_[owner]->enqueue(std::move(cursor));
+  for (auto first = queued.begin(); first != queued.end();) {
+    const OwnerIndex owner = first->first;
+    const auto last = std::find_if(first, queued.end(),
+                                   [owner](const auto& entry) { return entry.first != owner; });
+    Status one = links_[owner]->enqueue({first, last});
     if (!one.ok()) status = std::move(one);
     if (std::find(owners.begin(), owners.end(), owner) == owners.end()) owners.push_back(owner);
+    first = last;
   }
   return status;
 }

@@ -99,16 +99,18 @@ void Link::beat(TimePoint now) {
   }
 }
 
-Status Link::enqueue(Cursor cursor) {
+Status Link::enqueue(std::span<std::pair<OwnerIndex, Cursor>> cursors) {
   const std::lock_guard lock(mutex_);
   // For a lost owner pieces wait until it is known where they go.
   if (closing_ || (closed_ && !config_.losable)) {
     return Status(Code::kUnavailable,
                   down_.ok() ? hasLeft() : config_.name + " is gone: " + down_.message());
   }
-  Queue& queue = queues_[cursor.operation->info().lane];
-  if (cursor.moved) ++queue.moved;
-  queue.cursors.push_back(std::move(cursor));
+  for (auto& [owner, cursor] : cursors) {
+    Queue& queue = queues_[cursor.operation->info().lane];
+    if (cursor.moved) ++queue.moved;
+    queue.cursors.push_back(std::move(cursor));
+  }
   return {};
 }
 

@@ -8,8 +8,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "collective/operation.h"
 #include "common/status.h"
@@ -75,8 +77,10 @@ class Link final : public std::enable_shared_from_this<Link> {
   /// if the other has been silent for too long.
   void beat(TimePoint now);
 
-  /// Queues; pump() sends. kUnavailable if the owner is gone.
-  Status enqueue(Cursor cursor);
+  /// Queues what an operation has for this owner; pump() sends. All at once: where owners were lost
+  /// there is more than one, and a piece that is sent between two of them would overtake those of
+  /// the second that stand before it. kUnavailable if the owner is gone.
+  Status enqueue(std::span<std::pair<OwnerIndex, Cursor>> cursors);
 
   // -- when an owner is lost (docs/protocol.md)
 

@@ -97,7 +97,9 @@ void RingAllReduce::accept(const Piece& piece, const Payload& result) {
   if (step + 1 == 2 * (n_ - 1)) return;
   const std::uint64_t chunk = number % chunks_;
   // A link that is gone has told the group, which fails this operation.
-  if (next_->enqueue({shared_from_this(), kPush, step + 1, chunk, chunk + 1}).ok()) {
+  std::pair<OwnerIndex, Cursor> push[] = {
+      {0, Cursor{shared_from_this(), kPush, step + 1, chunk, chunk + 1}}};
+  if (next_->enqueue(push).ok()) {
     next_->pump(std::numeric_limits<std::size_t>::max());
   }
 }
