@@ -27,7 +27,7 @@ Status Engine::onAgain(Group& group, Rank rank, const wire::Frame& frame, Payloa
     handOn(group, slot, actions);
     return {};
   }
-  if (slot.arrived[rank] || slot.mismatch) return {};
+  if (slot.arrived[rank]) return {};
   slot.arrived[rank] = 1;
   ++slot.parts;
   hold(group, slot, rank, std::move(payload));

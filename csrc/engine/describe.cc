@@ -5,7 +5,6 @@
 #include <utility>
 
 namespace reducer::engine {
-
 namespace {
 
 // Of ranks, and of different calls; more are counted.

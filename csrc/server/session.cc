@@ -171,8 +171,8 @@ Status Session::charge(const wire::Frame& frame, Payload& payload) {
   }
   if (!ok) return noMemory();
   const std::uint64_t limit = state_->memory->limit();
-  const bool crowded = state_->transport.bufferedBytes() / 2 >
-                       (state_->memory->held() + std::max(limit / 16, kBuffersMin)) / 2;
+  const bool crowded = state_->transport.bufferedBytes() >
+                       state_->memory->held() + std::max(limit / 16, kBuffersMin);
   payload = charged(payload, std::move(charge), crowded ? SIZE_MAX : kCopiedBytes);
   return {};
 }
